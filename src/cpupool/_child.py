@@ -1,0 +1,312 @@
+"""What runs in a worker process.
+
+Theory of operation: the process's one connection to the pool is a socket whose other end only its pool holds.  It reads
+a CALL frame, runs it, answers with RESULT or ERROR, and reads the next.  Nothing a task does may unbalance that: a
+frame is read whole before it is unpickled, every exception becomes an ERROR frame, and standard input, output and error
+are never the protocol.
+
+Rules: stdlib and layer 0 only, and nothing of asyncio, so that a worker starts in milliseconds.
+
+The *status page* is one file of memory that both sides hold.  Its first page is written by the worker: the id of the
+task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun.  Behind that page
+`faulthandler` appends the Python stack of a crash.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+from . import _payload
+from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, encode_error
+from ._frames import FrameDecoder, Kind, encode_frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from ._frames import Frame
+
+STATUS_PAGE_SIZE = mmap.PAGESIZE
+
+# A new process that imports the user's main module and finds itself asked to start a pool there ends with this status.
+EXIT_UNGUARDED_MAIN = 89
+
+# Threads that numerical libraries start for themselves; each reads its variable once, when it is imported.
+THREAD_LIMIT_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+_RECEIVE_SIZE = 64 * 1024
+_is_worker = False
+
+
+def in_worker() -> bool:
+    """Return True in a worker process (and in what a task forks), False in the program that owns the pool."""
+    return _is_worker
+
+
+class Setup:
+    """What a new worker is given: its descriptors and its initializer.
+
+    It is pickled while multiprocessing starts the process, so locks and queues may be among `initargs`.  They are a
+    pickle within that pickle: one that cannot be rebuilt is reported to the pool like an error of the initializer.
+    """
+
+    __slots__ = ("channel", "initargs", "initializer", "liveness", "status", "threads")
+
+    def __init__(
+        self,
+        channel: socket.socket,
+        liveness: int,
+        status: int,
+        threads: int,
+        initializer: Callable[..., object] | None,
+        initargs: tuple[object, ...],
+    ) -> None:
+        self.channel = channel
+        self.liveness = liveness
+        self.status = status
+        self.threads = threads
+        self.initializer = initializer
+        self.initargs = initargs
+
+    def __reduce__(self) -> Any:
+        import operator
+        from multiprocessing.reduction import DupFd, ForkingPickler
+
+        detach = operator.methodcaller("detach")
+        state = (
+            self.channel,
+            _Unpickled(detach, DupFd(self.liveness)),
+            _Unpickled(detach, DupFd(self.status)),
+            self.threads,
+            bytes(ForkingPickler.dumps((self.initializer, self.initargs), _payload.PROTOCOL)),
+        )
+        return PickledSetup, state
+
+    def load_initializer(self) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
+        return self.initializer, self.initargs
+
+
+class _Unpickled:
+    """Pickles as the call `function(argument)`, made on the other side."""
+
+    def __init__(self, function: Callable[[Any], Any], argument: object) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class PickledSetup:
+    """A `Setup` on the other side of a process start."""
+
+    __slots__ = ("channel", "initializer", "liveness", "status", "threads")
+
+    def __init__(self, channel: socket.socket, liveness: int, status: int, threads: int, initializer: bytes) -> None:
+        self.channel = channel
+        self.liveness = liveness
+        self.status = status
+        self.threads = threads
+        self.initializer = initializer
+
+    def load_initializer(self) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
+        pair: tuple[Callable[..., object] | None, tuple[object, ...]] = _payload.loads(self.initializer)
+        return pair
+
+
+def main(setup: Setup | PickledSetup) -> None:
+    """Live as a worker: settle in, run the initializer, then serve calls until BYE or the end of the connection."""
+    global _is_worker  # noqa: PLW0603  # a fact about this process
+    _is_worker = True
+    channel = setup.channel
+    os.register_at_fork(after_in_child=channel.close)  # what a task forks must not keep a dead worker's channel open
+    _reset_signals()
+    os.setpgid(0, 0)  # Ctrl-C does not reach it, and a kill takes along what a task has started
+    _detach_stdin()
+    _close_listening_sockets()
+    _limit_library_threads(setup.threads)
+    _die_with_parent(setup.liveness)
+    page = _open_status_page(setup.status)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
+    try:
+        initializer, initargs = setup.load_initializer()
+        if initializer is not None:
+            initializer(*initargs)
+    except BaseException as error:
+        channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error)))
+        return
+    _flush_output()
+    try:
+        channel.sendall(encode_frame(Kind.READY))
+        _serve(channel, page)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the pool has gone
+    _flush_output(load_libc=True)
+
+
+def _serve(channel: socket.socket, page: memoryview) -> None:
+    decoder = FrameDecoder()
+    while (frame := _next_frame(channel, decoder, page)) is not None and frame.kind is not Kind.BYE:
+        reply = _run_call(frame.task_id, frame.body)
+        del frame  # the next wait may be long: hold neither the arguments nor, below, the result
+        _flush_output()
+        channel.sendall(reply)
+        del reply
+
+
+def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview) -> Frame | None:
+    """Wait for a whole frame and note its task in the status page; None at the end of the connection."""
+    while (frame := decoder.next_frame()) is None:
+        if decoder.incoming_task_id is not None:
+            page[0] = decoder.incoming_task_id  # its header is enough: it must not go to another worker any more
+        data = channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE))
+        if not data:
+            return None
+        decoder.feed(data)
+    page[0] = frame.task_id
+    return frame
+
+
+def _run_call(task_id: int, body: memoryview) -> bytes:
+    """Run one task; return the frame that answers it, whatever happens."""
+    stage = STAGE_ARGUMENTS
+    subject = ""
+    try:
+        fn, args, kwargs = _payload.loads(body)
+        stage = STAGE_TASK
+        result = fn(*args, **kwargs)
+        stage = STAGE_RESULT
+        subject = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
+        return encode_frame(Kind.RESULT, task_id, _payload.dumps(result))
+    except BaseException as error:
+        if stage is STAGE_TASK and error.__traceback__ is not None:
+            error.__traceback__ = error.__traceback__.tb_next  # from the task's own first line
+        elif stage is STAGE_RESULT:
+            error = _Reason(error)
+        return encode_frame(Kind.ERROR, task_id, encode_error(error, stage, subject))
+
+
+class _Reason(Exception):
+    """Why a result does not pickle: type and message of pickle's complaint, as one text."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.__traceback__ = error.__traceback__
+
+
+# --- settling in ------------------------------------------------------------------------------------------------------
+
+
+def _reset_signals() -> None:
+    """Undo what a fork brought along, and leave Ctrl-C to the program."""
+    signal.set_wakeup_fd(-1)
+    ignored = {signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}  # the last two by Python itself
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        ignored.add(signal.SIGHUP)  # as nohup asked
+    for number in signal.valid_signals() - ignored:
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _detach_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # as long as the process lives
+
+
+def _close_listening_sockets() -> None:
+    """Close the server sockets that a fork brought along, so that a restarted server can bind its port at once."""
+    try:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        return  # not Linux: only fork inherits them, and it is not the default there
+    for number in numbers:
+        try:
+            inherited = socket.socket(fileno=number)
+        except OSError:
+            continue  # no socket
+        try:
+            listening = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError:
+            listening = 0
+        if listening:
+            inherited.close()
+        else:
+            inherited.detach()
+
+
+def _limit_library_threads(threads: int) -> None:
+    """Give numerical libraries this worker's share of the CPUs, unless the user decided otherwise."""
+    for variable in THREAD_LIMIT_VARIABLES:
+        os.environ.setdefault(variable, str(threads))
+
+
+def _die_with_parent(liveness: int) -> None:
+    """Let the kernel end this process when the pool's process is gone, even in C code that holds the GIL.
+
+    `liveness` is the read end of a pipe whose write end only that process holds.  On Linux its end of file is turned
+    into SIGKILL, which no task can block or ignore.  Elsewhere a thread waits for it.
+    """
+    import fcntl
+
+    if not hasattr(fcntl, "F_SETSIG"):
+        threading.Thread(target=_exit_at_end_of_file, args=(liveness,), name="cpupool-liveness", daemon=True).start()
+        return
+    fcntl.fcntl(liveness, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(liveness, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(liveness, fcntl.F_SETFL, fcntl.fcntl(liveness, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([liveness], [], [], 0)[0]:  # it died before this was set up
+        os._exit(1)
+
+
+def _exit_at_end_of_file(liveness: int) -> None:
+    os.read(liveness, 1)
+    os._exit(1)
+
+
+def _open_status_page(status: int) -> memoryview:
+    os.lseek(status, STATUS_PAGE_SIZE, os.SEEK_SET)
+    faulthandler.enable(status, all_threads=False)
+    return memoryview(mmap.mmap(status, STATUS_PAGE_SIZE)).cast("Q")
+
+
+_flush_libc: Callable[[None], object] | None = None
+
+
+def _flush_output(load_libc: bool = False) -> None:
+    """Write out what the task printed, from C too where ctypes is at hand: a kill would lose it."""
+    global _flush_libc  # noqa: PLW0603  # found once
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # no stream, or the task closed it, or nobody reads it: not the task's failure
+    if _flush_libc is None and (load_libc or "ctypes" in sys.modules):
+        try:
+            import ctypes
+
+            _flush_libc = ctypes.CDLL(None).fflush
+        except (ImportError, OSError, TypeError, AttributeError):
+            return  # no ctypes here
+    if _flush_libc is not None:
+        _flush_libc(None)

@@ -1,0 +1,187 @@
+"""Who gets which worker: the pool's one lock and the decisions under it.
+
+Rules:
+
+- Every worker the dispatcher knows is in exactly one place: starting, idle, or lent to one call.  What is in none of
+  them belongs to the supervisor.
+- No I/O, no user code and no waiting under the lock.  Who has to be woken is woken after it is released.
+- Waiting is first come, first served.  A worker that comes back goes to the first in the queue; it becomes idle only
+  when nobody waits.
+
+It knows nothing of processes: the worker type is a parameter, and the tests use plain objects.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+from ._waiting import Ticket
+
+W = TypeVar("W")
+
+
+class Dispatcher(Generic[W]):
+    """Lends workers to calls.
+
+    Attributes:
+        max_workers: how many workers there may be at most.
+        closed: True once no new call is taken.
+    """
+
+    def __init__(self, max_workers: int) -> None:
+        self.max_workers = max_workers
+        self.closed = False
+        self._lock = threading.Lock()
+        self._starting: set[W] = set()
+        self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
+        self._lent: set[W] = set()
+        self._queue: deque[Ticket] = deque()
+        self._ready_tickets: list[Ticket] = []
+        self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
+
+    # --- calls ---
+
+    def borrow_idle(self) -> W | None:
+        """Lend an idle worker at once, or return None."""
+        with self._lock:
+            if self.closed or not self._idle:
+                return None
+            worker = self._idle.pop()
+            self._lent.add(worker)
+            return worker
+
+    def enqueue(self, ticket: Ticket) -> bool:
+        """Put a ticket at the end of the queue; it is settled with a worker, or with the reason why there is none.
+
+        Returns:
+            False if the pool is closed: the ticket is not taken.
+        """
+        with self._lock:
+            if self.closed:
+                return False
+            self._queue.append(ticket)
+            worker = self._idle.pop() if self._idle else None
+            if worker is not None:
+                self._lent.add(worker)
+        if worker is not None:
+            self.give_back(worker)
+        return True
+
+    def give_back(self, worker: W) -> None:
+        """Take a lent worker back and hand it to the first in the queue."""
+        while True:
+            with self._lock:
+                if worker not in self._lent:
+                    return
+                ticket = self._next_ticket()
+                if ticket is None:
+                    self._lent.discard(worker)
+                    self._idle.append(worker)
+                    return
+            if ticket.settle(worker):
+                return
+
+    def _next_ticket(self) -> Ticket | None:
+        while self._queue:
+            ticket = self._queue.popleft()
+            if ticket.is_open:
+                return ticket
+        return None
+
+    # --- supervisor ---
+
+    def shortfall(self) -> int:
+        """Return how many workers should be started now."""
+        with self._lock:
+            present = len(self._starting) + len(self._idle) + len(self._lent)
+            needed = len(self._lent) + sum(ticket.is_open for ticket in self._queue)
+            if self.closed:
+                target = needed  # accepted calls still run; nothing is kept for later
+            else:
+                self._wanted = target = min(max(self._wanted, needed), self.max_workers)
+            return max(min(target, self.max_workers) - present, 0)
+
+    def add_starting(self, worker: W) -> None:
+        """Note a worker that was started and is not ready yet."""
+        with self._lock:
+            self._starting.add(worker)
+
+    def add_ready(self, worker: W) -> None:
+        """Note that a starting worker is ready, and lend it to the first in the queue."""
+        with self._lock:
+            self._starting.discard(worker)
+            self._lent.add(worker)
+        self.give_back(worker)
+        self._settle_ready_tickets()
+
+    def remove(self, worker: W) -> bool:
+        """Take a worker out, wherever it is.  Returns True if it was idle or starting: then no call owns it."""
+        with self._lock:
+            if worker in self._lent:
+                self._lent.discard(worker)
+                return False
+            if worker in self._idle:
+                self._idle.remove(worker)
+                return True
+            if worker in self._starting:
+                self._starting.discard(worker)
+                return True
+            return False
+
+    def is_lent(self, worker: W) -> bool:
+        """Return True if a call owns the worker."""
+        with self._lock:
+            return worker in self._lent
+
+    def fail_queue(self, make_error: type[BaseException] | Maker) -> None:
+        """Settle every waiting ticket with an error of its own, and want no more workers than there are."""
+        with self._lock:
+            tickets = [*self._queue, *self._ready_tickets]
+            self._queue.clear()
+            self._ready_tickets.clear()
+            self._wanted = len(self._starting) + len(self._idle) + len(self._lent)
+        for ticket in tickets:
+            ticket.settle(error=make_error())
+
+    # --- warm-up and close ---
+
+    def want_all(self, ticket: Ticket) -> bool:
+        """Keep `max_workers` workers from now on; the ticket is settled when none of them is missing.
+
+        Returns:
+            False if the pool is closed: the ticket is not taken.
+        """
+        with self._lock:
+            if self.closed:
+                return False
+            self._wanted = self.max_workers
+            self._ready_tickets.append(ticket)
+        self._settle_ready_tickets()
+        return True
+
+    def _settle_ready_tickets(self) -> None:
+        with self._lock:
+            if len(self._idle) + len(self._lent) < self.max_workers:
+                return
+            tickets = self._ready_tickets.copy()
+            self._ready_tickets.clear()
+        for ticket in tickets:
+            ticket.settle()
+
+    def close(self) -> None:
+        """Take no more calls; what was accepted still gets its worker."""
+        with self._lock:
+            self.closed = True
+
+    def is_quiet(self) -> bool:
+        """Return True when no call runs or waits."""
+        with self._lock:
+            return not self._lent and not any(ticket.is_open for ticket in self._queue)
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return the numbers of starting, idle and lent workers and of waiting calls."""
+        with self._lock:
+            waiting = sum(ticket.is_open for ticket in self._queue)
+            return len(self._starting), len(self._idle), len(self._lent), waiting

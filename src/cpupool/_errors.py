@@ -1,0 +1,345 @@
+"""The exceptions users see, and how an exception travels from a worker to the caller.
+
+Every class builds its own message, keeps its facts as attributes and pickles: the facts are the arguments.
+It runs in the workers too: stdlib only.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+from . import _payload
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+__all__ = [
+    "CpuPoolError",
+    "InitializerFailed",
+    "PoolBroken",
+    "PoolClosed",
+    "RemoteError",
+    "RemoteTraceback",
+    "ResultNotPicklable",
+    "TaskNotPicklable",
+    "WorkerDied",
+]
+
+
+class CpuPoolError(Exception):
+    """The base of every error that the pool itself raises."""
+
+
+class PoolClosed(CpuPoolError):
+    """The pool was closed before, or while, this call was made.
+
+    Attributes:
+        name: the pool's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is closed and takes no more calls. Make the calls inside its 'with' block, "
+            "or create a new pool: a closed one does not open again."
+        )
+
+
+class PoolBroken(CpuPoolError):
+    """No worker could be started.
+
+    Attributes:
+        reason: what happened, and what to do about it.
+        cause: the error behind it, if there was one here; also `__cause__`.
+    """
+
+    def __init__(self, reason: str, cause: BaseException | None = None) -> None:
+        super().__init__(reason, cause)
+        self.reason = reason
+        self.cause = cause
+        if cause is not None:
+            self.__cause__ = cause
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class InitializerFailed(CpuPoolError):
+    """The pool's initializer raised in a new worker; its own exception is `__cause__`.
+
+    Attributes:
+        initializer: the name of the initializer.
+        pid: the worker in which it ran.
+    """
+
+    def __init__(self, initializer: str, pid: int) -> None:
+        super().__init__(initializer, pid)
+        self.initializer = initializer
+        self.pid = pid
+
+    def __str__(self) -> str:
+        cause = self.__cause__
+        what = "failed" if cause is None else f"raised {type(cause).__name__}: {cause}"
+        return f"the initializer {self.initializer} {what} (in worker {self.pid}), so no worker can start"
+
+
+class WorkerDied(CpuPoolError):
+    """The worker's process ended while it ran this task.  No other call is affected, and the worker is replaced.
+
+    Attributes:
+        pid: the process that died.
+        exitcode: its exit status, None if a signal ended it or nobody could learn it.
+        signal: the number of the signal that ended it, or None.
+        oom: True if it was killed for want of memory; None where that is not known.
+        task: the function it was running.
+        stack: the Python stack at the crash, as `faulthandler` saw it, or None.
+    """
+
+    def __init__(
+        self, pid: int, exitcode: int | None, signal: int | None, oom: bool | None, task: str, stack: str | None
+    ) -> None:
+        super().__init__(pid, exitcode, signal, oom, task, stack)
+        self.pid = pid
+        self.exitcode = exitcode
+        self.signal = signal
+        self.oom = oom
+        self.task = task
+        self.stack = stack
+
+    def __str__(self) -> str:
+        message = f"worker {self.pid} {describe_exit(self.exitcode, self.signal)} while it ran {self.task}"
+        return f"{message}\n{self.stack}" if self.stack else message
+
+
+class TaskNotPicklable(CpuPoolError):
+    """The function or an argument cannot be sent to a worker.
+
+    Attributes:
+        task: the function that was to run.
+        argument: which part of the call it is.
+        reason: what pickle said.
+        advice: what to do.
+    """
+
+    def __init__(self, task: str, argument: str, reason: str, advice: str) -> None:
+        super().__init__(task, argument, reason, advice)
+        self.task = task
+        self.argument = argument
+        self.reason = reason
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.task} cannot be sent to a worker because of {self.argument} ({self.reason}). {self.advice}"
+
+
+class ResultNotPicklable(CpuPoolError):
+    """The task returned a value that cannot be sent back.
+
+    Attributes:
+        task: the function that ran.
+        result_type: the type of what it returned.
+        reason: what pickle said.
+    """
+
+    def __init__(self, task: str, result_type: str, reason: str) -> None:
+        super().__init__(task, result_type, reason)
+        self.task = task
+        self.result_type = result_type
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} returned {self.result_type}, which cannot be sent back from the worker ({self.reason}). "
+            "Return plain data: what a generator yields as a list, what an open file holds as bytes."
+        )
+
+
+class RemoteError(CpuPoolError):
+    """Stands in for an exception of the task that cannot be rebuilt here, or must not be.
+
+    That is one that does not pickle, whose class cannot be imported here, or that would end or cancel the caller
+    (`SystemExit`, `KeyboardInterrupt`, `GeneratorExit`, `CancelledError`, `StopIteration`).
+
+    Attributes:
+        type_name: the exception's class, with its module.
+        text: its message.
+        traceback: the traceback in the worker, as text.
+    """
+
+    def __init__(self, type_name: str, text: str, traceback: str) -> None:
+        super().__init__(type_name, text, traceback)
+        self.type_name = type_name
+        self.text = text
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class RemoteTraceback(Exception):
+    """The traceback in the worker, as the `__cause__` of a task's exception, so that it is printed with it."""
+
+    def __init__(self, traceback: str) -> None:
+        super().__init__(traceback)
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.traceback}"""'
+
+
+def describe_callable(fn: object) -> str:
+    """Name a function the way a traceback would: module and qualified name; of a partial, what it wraps."""
+    while (wrapped := getattr(fn, "func", None)) is not None and not hasattr(fn, "__qualname__"):
+        fn = wrapped
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    module = getattr(fn, "__module__", None) or type(fn).__module__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def describe_exit(exitcode: int | None, signal: int | None) -> str:
+    """Say in words how a process ended."""
+    if signal is not None:
+        import signal as signals
+
+        try:
+            return f"was killed by {signals.Signals(signal).name}"
+        except ValueError:
+            return f"was killed by signal {signal}"
+    return "died" if exitcode is None else f"exited with status {exitcode}"
+
+
+# --- how an error travels ---------------------------------------------------------------------------------------------
+#
+# An ERROR frame's body is the pickled tuple (stage, type name, text, traceback, pickled exception or None).  The
+# exception is a pickle inside the pickle, so that one which cannot be rebuilt here costs only itself.
+
+STAGE_TASK = "task"
+STAGE_ARGUMENTS = "arguments"
+STAGE_RESULT = "result"
+
+
+def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "") -> bytes:
+    """Pickle an exception for the way to the pool (worker side); it never fails, whatever the exception.
+
+    `subject` is the type of the result for `STAGE_RESULT`; the exception's own type otherwise.
+    """
+    import traceback
+
+    kind = type(error)
+    type_name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    try:
+        text = str(error)
+    except Exception:
+        text = "<its message could not be made>"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:
+        trace = "".join(traceback.format_tb(error.__traceback__)) + type_name + "\n"
+    record = (stage, subject or type_name, text, trace, _dump_exception(error))
+    return _payload.dumps(tuple(_sendable(item) for item in record))
+
+
+def _sendable(item: str | bytes | None) -> str | bytes | None:
+    """Replace what pickle cannot encode in a text: lone surrogates."""
+    return item.encode("utf-8", "backslashreplace").decode() if isinstance(item, str) else item
+
+
+def raise_error(body: memoryview | bytes, task: str) -> NoReturn:
+    """Raise what an ERROR frame carries (pool side), with the worker's traceback as its cause."""
+    raise decode_error(body, task)
+
+
+def decode_error(body: memoryview | bytes, task: str) -> BaseException:
+    """Rebuild what an ERROR frame carries: the exception itself, or the one that stands in for it."""
+    stage, type_name, text, trace, pickled = _payload.loads(body)
+    error: BaseException
+    if stage == STAGE_RESULT:
+        error = ResultNotPicklable(task, type_name, text)
+    elif stage == STAGE_ARGUMENTS:
+        advice = (
+            "It was pickled here but could not be rebuilt in the worker: the worker must be able to import the module "
+            "it is defined in (a function typed into an interactive session, or given with -c, has none)."
+        )
+        error = TaskNotPicklable(task, "the function or an argument", f"{type_name}: {text}", advice)
+    else:
+        error = _load_exception(pickled) or RemoteError(type_name, text, trace)
+    error.__cause__ = RemoteTraceback(trace)
+    return error
+
+
+def _load_exception(pickled: bytes | None) -> Exception | None:
+    if pickled is None:
+        return None
+    try:
+        error = _payload.loads(pickled)
+    except Exception:
+        return None
+    return error if isinstance(error, Exception) else None
+
+
+def _dump_exception(error: BaseException) -> bytes | None:
+    """Pickle an exception so that it comes back as it is, or return None.
+
+    Default pickling calls the class again with `args`, which fails, or garbles the message, for every class whose
+    `__init__` takes something else.  So the result is tried out here, where failing costs nothing.
+    """
+    if not isinstance(error, Exception) or isinstance(error, StopIteration):
+        return None
+    for dump in (_payload.dumps, _dump_without_init):
+        try:
+            pickled = dump(error)
+            if _same(_payload.loads(pickled), error):
+                return pickled
+        except Exception:
+            continue
+    return None
+
+
+def _same(copy: object, original: BaseException) -> bool:
+    if type(copy) is not type(original) or not isinstance(copy, BaseException):
+        return False
+    if isinstance(copy, BaseExceptionGroup) and isinstance(original, BaseExceptionGroup):
+        members = zip(copy.exceptions, original.exceptions, strict=True)
+        return copy.message == original.message and all(_same(a, b) for a, b in members)
+    return str(copy) == str(original) and len(copy.args) == len(original.args)
+
+
+def _dump_without_init(error: Exception) -> bytes:
+    file = io.BytesIO()
+    _ExceptionPickler(file, _payload.PROTOCOL).dump(error)
+    return file.getvalue()
+
+
+class _ExceptionPickler(pickle.Pickler):
+    """Pickles exceptions, nested ones too, by their state instead of by calling their Python-level `__init__`."""
+
+    def reducer_override(self, value: object) -> Any:
+        kind = type(value)
+        if not isinstance(value, BaseException) or kind.__reduce__ is not BaseException.__reduce__:
+            return NotImplemented
+        native = next(base for base in kind.__mro__ if "__init__" in vars(base) and not _is_python(base.__init__))
+        return _rebuild_exception, (kind, native, value.args, value.__dict__)
+
+
+def _is_python(function: object) -> bool:
+    return hasattr(function, "__code__")
+
+
+def _rebuild_exception(
+    kind: type[BaseException],
+    native: type[BaseException],
+    args: tuple[object, ...],
+    state: dict[str, object],
+) -> BaseException:
+    """Make an exception as the interpreter's own part of its class would, then give it its attributes."""
+    new: Callable[..., BaseException] = kind.__new__
+    error = new(kind, *args)
+    native.__init__(error, *args)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,113 @@
+"""The wire: length-prefixed frames between a pool and one worker.
+
+A frame is a header (kind, task id, length of the body) and the body's bytes.  This module does no I/O: `encode_frame`
+makes the bytes to send, `FrameDecoder` takes bytes as they arrive, in pieces of any size, and gives back whole frames.
+It runs in the workers too, so it imports nothing that is not already there.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+
+
+class Kind(enum.IntEnum):
+    """What a frame means; the arrow says who sends it."""
+
+    READY = 1  # worker → pool: the initializer has run
+    CALL = 2  # pool → worker: run this task
+    RESULT = 3  # worker → pool: what the task returned
+    ERROR = 4  # worker → pool: an encoded error (see `_errors`); before READY, the initializer's
+    BYE = 5  # pool → worker: finish and exit
+
+
+# One byte of kind, eight of task id, eight of body length; little-endian, no padding.
+_HEADER = struct.Struct("<BQQ")
+HEADER_SIZE = _HEADER.size
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class ProtocolError(Exception):
+    """The bytes received are no frame: the other side is not a cpupool worker, or wrote to the wrong descriptor."""
+
+
+class Frame(tuple[Kind, int, memoryview]):
+    """One whole message: `kind`, `task_id` (0 where no task is meant) and `body`."""
+
+    __slots__ = ()
+
+    def __new__(cls, kind: Kind, task_id: int, body: memoryview) -> Frame:
+        return tuple.__new__(cls, (kind, task_id, body))
+
+    @property
+    def kind(self) -> Kind:
+        return self[0]
+
+    @property
+    def task_id(self) -> int:
+        return self[1]
+
+    @property
+    def body(self) -> memoryview:
+        return self[2]
+
+
+def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"") -> bytes:
+    """Return the bytes of one frame."""
+    return _HEADER.pack(kind, task_id, len(body)) + body
+
+
+class FrameDecoder:
+    """Turns received bytes into frames.
+
+    Rules: `feed` takes whatever arrived; `next_frame` gives the next whole frame, or None while it is incomplete.
+    A frame's body is a view of memory that no later `feed` changes.
+    """
+
+    __slots__ = ("_buffer", "_header")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._header: tuple[Kind, int, int] | None = None
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes as they came from the socket."""
+        self._buffer += data
+
+    @property
+    def incoming_task_id(self) -> int | None:
+        """Task id of a frame whose header is here and whose body is not yet complete."""
+        return None if self._header is None else self._header[1]
+
+    @property
+    def missing(self) -> int:
+        """How many bytes are wanted at least before `next_frame` can give a frame."""
+        needed = HEADER_SIZE if self._header is None else self._header[2]
+        return max(needed - len(self._buffer), 0)
+
+    def next_frame(self) -> Frame | None:
+        """Return the next whole frame, or None.
+
+        Raises:
+            ProtocolError: the bytes cannot be a frame's header.
+        """
+        buffer = self._buffer
+        if self._header is None:
+            if len(buffer) < HEADER_SIZE:
+                return None
+            number, task_id, length = _HEADER.unpack_from(buffer)
+            kind = _KINDS.get(number)
+            if kind is None:
+                raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
+            self._header = kind, task_id, length
+            del buffer[:HEADER_SIZE]
+        kind, task_id, length = self._header
+        if len(buffer) < length:
+            return None
+        self._header = None
+        if len(buffer) == length:  # the usual case: hand the buffer itself over, without a copy
+            self._buffer = bytearray()
+            return Frame(kind, task_id, memoryview(buffer))
+        body = memoryview(bytes(memoryview(buffer)[:length]))
+        del buffer[:length]
+        return Frame(kind, task_id, body)

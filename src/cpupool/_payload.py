@@ -1,0 +1,74 @@
+"""What travels in a frame's body: pickle, protocol 5.
+
+Everything that pickles a task, a result or an error goes through here, so that another serializer, or buffers that
+travel beside the pickle, have one place to go.  It runs in the workers too: stdlib only.
+"""
+
+from __future__ import annotations
+
+import pickle
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any
+
+PROTOCOL = 5
+
+
+def dumps(value: object) -> bytes:
+    """Pickle `value`; whatever its reducers raise comes out as it is."""
+    return pickle.dumps(value, PROTOCOL)
+
+
+def loads(data: memoryview | bytes, buffers: Iterable[Any] = ()) -> Any:
+    """Rebuild what `dumps` took; `buffers` are the out-of-band ones, in order."""
+    return pickle.loads(data, buffers=buffers)
+
+
+def dumps_call(fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> bytes:
+    """Pickle a call.
+
+    Raises:
+        TaskNotPicklable: the function or an argument cannot be pickled; it names which, and the cure.
+    """
+    try:
+        return pickle.dumps((fn, args, kwargs), PROTOCOL)
+    except Exception as error:
+        raise _explain(fn, args, kwargs, error) from error
+
+
+def _explain(
+    fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], error: Exception
+) -> Exception:
+    """Find the part of a call that pickle refuses, by trying each one alone."""
+    from ._errors import TaskNotPicklable, describe_callable
+
+    task = describe_callable(fn)
+    reason = f"{type(error).__name__}: {error}"
+    if not _pickles(fn):
+        return TaskNotPicklable(task, "the function", reason, _FUNCTION_ADVICE)
+    parts = [(f"argument {index}", value) for index, value in enumerate(args, 1)]
+    parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
+    for name, value in parts:
+        if not _pickles(value):
+            return TaskNotPicklable(task, f"{name} (a {type(value).__name__})", reason, _ARGUMENT_ADVICE)
+    return TaskNotPicklable(task, "the arguments together", reason, _ARGUMENT_ADVICE)
+
+
+def _pickles(value: object) -> bool:
+    try:
+        pickle.dumps(value, PROTOCOL)
+    except Exception:
+        return False
+    return True
+
+
+_FUNCTION_ADVICE = (
+    "Workers import the function by its name, so define it with 'def' at the top level of a module (no lambda, no "
+    "function inside a function), and bind values to it with functools.partial instead of a closure."
+)
+_ARGUMENT_ADVICE = (
+    "Send plain data (a path instead of an open file, a list instead of a generator), and make what cannot travel "
+    "(locks, connections, models) in the worker: in the pool's initializer or in the function itself."
+)

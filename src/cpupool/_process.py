@@ -1,0 +1,198 @@
+"""One operating-system process that is to become a worker: start it with its descriptors, kill it, learn how it ended.
+
+Rules: a `WorkerProcess` holds the pool's ends of the worker's channel, liveness pipe and status page, and nobody else
+does.  Programs that fork (with `os.fork` or through multiprocessing) copy descriptors into processes that know nothing
+of them; in every such child `_forget_all` closes these copies first of all, so that a worker still notices the end of
+its real parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from . import _child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.context import BaseContext
+
+WORKER_NAME_PREFIX = "cpupool-worker-"
+
+_MAX_STACK_BYTES = 64 * 1024
+_live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
+_making_descriptors = threading.Lock()
+
+
+def default_context() -> BaseContext:
+    """Return forkserver on Linux (fast, and safe in a program with threads), spawn elsewhere."""
+    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+
+class WorkerProcess:
+    """A started process, seen from the pool.
+
+    Attributes:
+        pid: its process id.
+        channel: the pool's end of its socket, non-blocking.
+        sentinel: a descriptor that becomes readable when the process has ended.
+    """
+
+    def __init__(
+        self,
+        context: BaseContext,
+        name: str,
+        threads: int,
+        initializer: Callable[..., object] | None,
+        initargs: tuple[object, ...],
+    ) -> None:
+        """Start the process; `threads` is its share of the CPUs.
+
+        Raises:
+            OSError: no process or descriptor is to be had.
+            Exception: whatever pickling the initializer raises.
+        """
+        with contextlib.ExitStack() as theirs:
+            with _making_descriptors:  # no fork in between, see `_forget_all`
+                self.channel, channel = socket.socketpair()
+                theirs.callback(channel.close)
+                liveness, self._liveness = os.pipe()
+                theirs.callback(os.close, liveness)
+                self._status = _open_status_file()
+                status = os.dup(self._status)
+                theirs.callback(os.close, status)
+                _live.add(self)
+            self.channel.setblocking(False)
+            setup = _child.Setup(channel, liveness, status, threads, initializer, initargs)
+            process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
+            self._process = process_type(target=_child.main, args=(setup,), daemon=False)
+            self._process.name = _NameWithEnvironment(name, threads)
+            try:
+                self._process.start()
+            except BaseException:
+                self.close()
+                raise
+        self.pid: int = self._process.pid
+        # multiprocessing would join our workers at exit, and wait for them in passing; they are ours alone to reap.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        self._pidfd: int | None = None
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # gone already, or a kernel without it
+                self._pidfd = os.pidfd_open(self.pid)
+
+    @property
+    def sentinel(self) -> int:
+        return self._process.sentinel if self._pidfd is None else self._pidfd
+
+    def stop_watching_pid(self) -> None:
+        """Make `sentinel` the one that says the exit status is here (a fork server reports it a little later)."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def poll(self) -> int | None:
+        """Return the exit status (negative: the signal that ended it), or None while that is not known."""
+        status: int | None = self._process.exitcode
+        return status
+
+    def last_task_id(self) -> int:
+        """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
+        return int.from_bytes(os.pread(self._status, 8, 0), sys.byteorder)
+
+    def crash_stack(self) -> str | None:
+        """Return the Python stack that `faulthandler` wrote when the process crashed, or None."""
+        stack = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE)
+        return stack.decode("utf-8", "replace") or None
+
+    def kill(self) -> None:
+        """End the process and what it started, at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # no such group yet while the process is settling in
+        self._process.kill()
+
+    def close(self) -> None:
+        """Give the descriptors back.  Twice is allowed."""
+        self._forget()
+        with contextlib.suppress(ValueError, AttributeError):  # not ended yet, or never started
+            self._process.close()
+
+    def _forget(self) -> None:
+        _live.discard(self)
+        self.channel.close()
+        for attribute in ("_liveness", "_status", "_pidfd"):
+            number = getattr(self, attribute, None)
+            if number is not None:
+                os.close(number)
+                setattr(self, attribute, None)
+
+
+class _NameWithEnvironment(str):
+    """The process's name, which takes the worker's environment along.
+
+    A new process unpickles its name before anything else: before multiprocessing makes it import the user's main
+    module, which is where NumPy is usually imported and its thread count decided, and where Ctrl-C would print a
+    traceback.  So that is set right here.  It is an expression over builtins, because the way to this package may not
+    yet be in the new process's `sys.path`.
+    """
+
+    __slots__ = ("threads",)
+    threads: int
+
+    def __new__(cls, name: str, threads: int) -> _NameWithEnvironment:
+        self = str.__new__(cls, name)
+        self.threads = threads
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        settle = (
+            "(__import__('signal').signal(2, __import__('signal').SIG_IGN),"
+            "[__import__('os').environ.setdefault(variable, threads) for variable in variables],"
+            "name)[-1]"
+        )
+        values = {"name": str(self), "variables": _child.THREAD_LIMIT_VARIABLES, "threads": str(self.threads)}
+        return eval, (settle, values)
+
+
+def _open_status_file() -> int:
+    """Make a file of memory without a name, one page long, for the worker's status and crash stack."""
+    if hasattr(os, "memfd_create"):
+        number = os.memfd_create("cpupool-status")
+    else:
+        with tempfile.TemporaryFile() as file:
+            number = os.dup(file.fileno())
+    os.truncate(number, _child.STATUS_PAGE_SIZE)
+    return number
+
+
+def is_newborn_worker() -> bool:
+    """Return True in a process of ours that is still importing the user's main module."""
+    process = multiprocessing.current_process()
+    return is_importing_main() and process.name.startswith(WORKER_NAME_PREFIX)
+
+
+def is_importing_main() -> bool:
+    """Return True in any process that multiprocessing has started and that is still importing the main module."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
+def _forget_all() -> None:
+    _making_descriptors.release()
+    for process in list(_live):
+        process._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_making_descriptors.acquire,
+        after_in_parent=_making_descriptors.release,
+        after_in_child=_forget_all,
+    )
