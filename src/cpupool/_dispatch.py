@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ._waiting import Ticket
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._waiting import Ticket
 
 W = TypeVar("W")
 
@@ -90,6 +93,12 @@ class Dispatcher(Generic[W]):
                 return ticket
         return None
 
+    def may_grow(self) -> bool:
+        """Return True if a waiting call may be a reason to start a worker; `shortfall` says how many."""
+        with self._lock:
+            present = len(self._starting) + len(self._idle) + len(self._lent)
+            return present < self.max_workers and len(self._queue) > len(self._starting)
+
     # --- supervisor ---
 
     def shortfall(self) -> int:
@@ -117,25 +126,22 @@ class Dispatcher(Generic[W]):
         self._settle_ready_tickets()
 
     def remove(self, worker: W) -> bool:
-        """Take a worker out, wherever it is.  Returns True if it was idle or starting: then no call owns it."""
+        """Take a worker out, wherever it is.  Returns True if a call owns it, and will hand it over."""
         with self._lock:
-            if worker in self._lent:
-                self._lent.discard(worker)
-                return False
+            lent = worker in self._lent
+            self._lent.discard(worker)
+            self._starting.discard(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
-                return True
-            if worker in self._starting:
-                self._starting.discard(worker)
-                return True
-            return False
+            return lent
 
-    def is_lent(self, worker: W) -> bool:
-        """Return True if a call owns the worker."""
+    def take_idle(self) -> list[W]:
+        """Take all idle workers out."""
         with self._lock:
-            return worker in self._lent
+            idle, self._idle = self._idle, []
+            return idle
 
-    def fail_queue(self, make_error: type[BaseException] | Maker) -> None:
+    def fail_queue(self, make_error: Callable[[], BaseException]) -> None:
         """Settle every waiting ticket with an error of its own, and want no more workers than there are."""
         with self._lock:
             tickets = [*self._queue, *self._ready_tickets]

@@ -26,6 +26,22 @@ def loads(data: memoryview | bytes, buffers: Iterable[Any] = ()) -> Any:
     return pickle.loads(data, buffers=buffers)
 
 
+def first_type(data: memoryview | bytes) -> str | None:
+    """Name the first class that a pickle refers to, which is that of the outermost object, without running it."""
+    import pickletools
+
+    texts: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(bytes(data)):
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    except ValueError:
+        pass  # not a pickle
+    return None
+
+
 def dumps_call(fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> bytes:
     """Pickle a call.
 

@@ -33,9 +33,20 @@ _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 _making_descriptors = threading.Lock()
 
 
-def default_context() -> BaseContext:
-    """Return forkserver on Linux (fast, and safe in a program with threads), spawn elsewhere."""
-    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+
+
+def get_context(context: str | BaseContext | None) -> BaseContext:
+    """Return the context itself, or the one of that name; by default one that is safe in a program with threads.
+
+    Raises:
+        NotImplementedError: this system has no way to hand descriptors to a new process.
+    """
+    if not hasattr(socket, "send_fds"):
+        raise NotImplementedError("cpupool needs a POSIX system: there is no support for Windows yet, except under WSL")
+    if context is None:
+        context = DEFAULT_START_METHOD
+    return multiprocessing.get_context(context) if isinstance(context, str) else context
 
 
 class WorkerProcess:
@@ -93,11 +104,17 @@ class WorkerProcess:
     def sentinel(self) -> int:
         return self._process.sentinel if self._pidfd is None else self._pidfd
 
-    def stop_watching_pid(self) -> None:
-        """Make `sentinel` the one that says the exit status is here (a fork server reports it a little later)."""
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+    def stop_watching_pid(self) -> bool:
+        """Make `sentinel` the one that says the exit status is here: a fork server reports it a little later.
+
+        Returns:
+            False if it already was that one.
+        """
+        if self._pidfd is None:
+            return False
+        os.close(self._pidfd)
+        self._pidfd = None
+        return True
 
     def poll(self) -> int | None:
         """Return the exit status (negative: the signal that ended it), or None while that is not known."""
@@ -117,7 +134,11 @@ class WorkerProcess:
         """End the process and what it started, at once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # no such group yet while the process is settling in
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # never another process with the same number
+            else:
+                self._process.kill()
 
     def close(self) -> None:
         """Give the descriptors back.  Twice is allowed."""

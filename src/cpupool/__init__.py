@@ -1,0 +1,78 @@
+"""cpupool runs CPU-bound Python in worker processes, from asyncio, trio and plain threads.
+
+Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
+the bottom up; imports point only downward:
+
+    0  _frames _payload _errors _waiting _settings _chunks _sizing
+                           the wire, pickling, exceptions, waiting, settings, cutting, CPU and memory limits
+    1  _child _async_waits what runs in a worker; waiting in a task
+    2  _process _dispatch  one OS process; who gets which worker
+    3  _worker             one worker seen from the pool
+    4  _supervisor         the thread that starts, replaces, kills and reaps
+    5  _pool _default      CpuPool and the process's default pool
+    6  __init__            this file
+    7  domains __main__    the reference workload and the command line, over public names only
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._child import in_worker as in_worker
+    from ._chunks import split_text as split_text
+    from ._default import configure_default as configure_default
+    from ._default import default_pool as default_pool
+    from ._default import run as run
+    from ._default import run_sync as run_sync
+    from ._errors import CpuPoolError as CpuPoolError
+    from ._errors import InitializerFailed as InitializerFailed
+    from ._errors import PoolBroken as PoolBroken
+    from ._errors import PoolClosed as PoolClosed
+    from ._errors import RemoteError as RemoteError
+    from ._errors import RemoteTraceback as RemoteTraceback
+    from ._errors import ResultNotPicklable as ResultNotPicklable
+    from ._errors import TaskNotPicklable as TaskNotPicklable
+    from ._errors import WorkerDied as WorkerDied
+    from ._pool import CpuPool as CpuPool
+    from ._settings import Settings as Settings
+    from ._sizing import usable_cpus as usable_cpus
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CpuPool": "_pool",
+    "CpuPoolError": "_errors",
+    "InitializerFailed": "_errors",
+    "PoolBroken": "_errors",
+    "PoolClosed": "_errors",
+    "RemoteError": "_errors",
+    "RemoteTraceback": "_errors",
+    "ResultNotPicklable": "_errors",
+    "Settings": "_settings",
+    "TaskNotPicklable": "_errors",
+    "WorkerDied": "_errors",
+    "configure_default": "_default",
+    "default_pool": "_default",
+    "in_worker": "_child",
+    "run": "_default",
+    "run_sync": "_default",
+    "split_text": "_chunks",
+    "usable_cpus": "_sizing",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # a list of str
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

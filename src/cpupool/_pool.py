@@ -1,0 +1,445 @@
+"""The pool: takes a call, lends it a worker, gives back what the worker answers.
+
+The way of a call, from `run` or `run_sync` down: `_Call` checks and pickles it; `_complete` repeats `_attempt` until one
+has an outcome; an attempt borrows a worker (`_borrow`), exchanges frames with it in the caller's own task or thread
+(`Worker.exchange`) and gives it back; `_Call.outcome` rebuilds the value or raises the error.
+
+Rules: whoever holds a worker either gives it back whole, or hands it to the supervisor.  Giving up a call for whatever
+reason (cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `_attempt`, and
+takes no lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import itertools
+import os
+import signal
+import threading
+import time
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from . import _child, _payload
+from ._dispatch import Dispatcher
+from ._errors import PoolClosed, ResultNotPicklable, WorkerDied, decode_error, describe_callable
+from ._frames import Frame, Kind
+from ._settings import Settings, check_seconds
+from ._sizing import usable_cpus
+from ._supervisor import GUARD_ADVICE, Supervisor
+from ._waiting import BlockingWaits, Ticket, Waits, run_to_end, running_loop
+from ._worker import Death, Worker, WorkerGone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.context import BaseContext
+    from types import TracebackType
+    from typing import Self
+
+    from ._process import WorkerProcess
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
+
+
+class CpuPool:
+    """Runs functions in worker processes, for any event loop, any thread, several at once.
+
+    Creating a pool starts nothing.  Workers start when calls need them, or all at once with `warm_up()`; entering the
+    pool (`async with`, `with`) warms it up, leaving it closes it.  After `os.fork()` the child's copy of a pool starts
+    workers of its own.
+
+    Args:
+        max_workers: how many worker processes at most; by default `usable_cpus()`.
+        mp_context: how they start: "forkserver", "spawn", "fork", or a `multiprocessing` context.  By default
+            forkserver on Linux and spawn elsewhere.  "fork" is unsafe in a program with threads.
+        initializer: called as `initializer(*initargs)` once in each new worker, before its first task.
+        initargs: its arguments; as with any new process, `multiprocessing` locks and queues are allowed among them.
+        start_timeout: seconds after which a worker that is not ready is killed.
+        grace: seconds a worker has to exit by itself before it is killed.
+        drain: seconds that `close` and `aclose` let accepted calls run on.
+        retries: how often a call is run again after its worker died (`WorkerDied`).  The function must be safe to
+            run twice: the worker may have died after it did its work.
+        name: for messages and thread names.
+
+    Raises:
+        TypeError, ValueError: a setting is not what it can be; the message names it.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        mp_context: str | BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        start_timeout: float = 60.0,
+        grace: float = 1.0,
+        drain: float = 5.0,
+        retries: int = 0,
+        name: str = "CpuPool",
+    ) -> None:
+        self.settings = Settings(
+            max_workers=max_workers,
+            mp_context=mp_context,
+            initializer=initializer,
+            initargs=initargs,
+            start_timeout=start_timeout,
+            grace=grace,
+            drain=drain,
+            retries=retries,
+            name=name,
+        )
+        self._set_up()
+        _pools.add(self)
+
+    def _set_up(self) -> None:
+        start = _WorkerStarter(self.settings)
+        self._dispatcher: Dispatcher[Worker] = Dispatcher(start.max_workers)
+        self._supervisor = Supervisor(self.settings, self._dispatcher, start)
+        self._task_ids = itertools.count(1)
+
+    def __repr__(self) -> str:
+        starting, idle, busy, waiting = self._dispatcher.counts()
+        state = "closed" if self._dispatcher.closed else "open"
+        counts = f"{idle} idle, {busy} busy, {starting} starting, {waiting} waiting"
+        return f"<{type(self).__name__} {self.settings.name!r} {state}: {counts}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """True once the pool takes no more calls."""
+        return self._dispatcher.closed
+
+    # --- calls ---
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `fn(*args, **kwargs)` in a worker and return what it returns.
+
+        The function and its arguments are pickled: define the function at the top level of a module.
+
+        Raises:
+            Exception: whatever `fn` raises, with the worker's traceback as `__cause__`.
+            RemoteError: it raised what cannot be rebuilt, or must not be raised, here.
+            TaskNotPicklable: the function or an argument cannot be sent.
+            ResultNotPicklable: what it returned cannot be sent back.
+            WorkerDied: its worker died; other calls are unaffected.
+            InitializerFailed, PoolBroken: no worker could be started.
+            PoolClosed: the pool was closed before, or while, it ran.
+
+        Cancellation: the caller returns at once; a running task is killed with its worker, which is replaced.
+        """
+        call = _Call(fn, args, kwargs)
+        result: T = await self._complete(call, _async_waits())
+        return result
+
+    def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `fn(*args, **kwargs)` in a worker from a thread without an event loop, and return what it returns.
+
+        Raises:
+            RuntimeError: this thread runs an event loop, which would stand still meanwhile.
+            Exception: as `run`.
+
+        Cancellation: Ctrl-C in the main thread stops the task.
+        """
+        _refuse_in_event_loop("run_sync", "await pool.run(...)")
+        call = _Call(fn, args, kwargs)
+        result: T = run_to_end(self._complete(call, BlockingWaits()))
+        return result
+
+    async def _complete(self, call: _Call, waits: Waits) -> Any:
+        deaths = 0
+        while True:
+            task_id = next(self._task_ids)
+            outcome = await self._attempt(task_id, call.body, waits)
+            if isinstance(outcome, Frame):
+                return call.outcome(outcome)
+            if outcome.last_task_id != task_id:
+                continue  # the worker died before it picked the task up: nothing has run
+            if self._dispatcher.closed and outcome.signal == signal.SIGKILL:
+                raise PoolClosed(self.settings.name)
+            deaths += 1
+            if deaths > self.settings.retries:
+                raise call.death(outcome)
+
+    async def _attempt(self, task_id: int, body: bytes, waits: Waits) -> Frame | Death:
+        """Have one worker run the task: returns its answer, or how it died."""
+        ticket = Ticket()
+        worker = None
+        try:
+            worker = self._dispatcher.borrow_idle()
+            if worker is None:
+                worker = await self._wait_for_worker(ticket, waits)
+            try:
+                reply = await worker.exchange(task_id, body, waits)
+            except WorkerGone:
+                lost, worker = worker, None
+                return await self._learn_death(lost, waits)
+        except BaseException:
+            self._give_up(ticket, worker)
+            raise
+        self._dispatcher.give_back(worker)
+        if self._dispatcher.closed:
+            self._supervisor.notify()  # it may be the last one that the pool waits for
+        return reply
+
+    async def _wait_for_worker(self, ticket: Ticket, waits: Waits) -> Worker:
+        self._start_supervisor()
+        waits.prepare(ticket)
+        if not self._dispatcher.enqueue(ticket):
+            raise PoolClosed(self.settings.name)
+        if self._dispatcher.may_grow():
+            self._supervisor.notify()
+        await waits.settled(ticket)
+        worker: Worker = ticket.result()
+        return worker
+
+    async def _learn_death(self, worker: Worker, waits: Waits) -> Death:
+        ticket = Ticket()
+        waits.prepare(ticket)
+        self._supervisor.post(self._supervisor.bury, worker, ticket)
+        await waits.settled(ticket)
+        death: Death = ticket.result()
+        return death
+
+    def _give_up(self, ticket: Ticket, worker: Worker | None) -> None:
+        """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
+        if worker is not None:
+            self._supervisor.post(self._supervisor.bury, worker, None)
+        elif not ticket.withdraw() and ticket.value is not None:  # lent in the same moment, and untouched
+            self._supervisor.post(self._dispatcher.give_back, ticket.value)
+
+    # --- start and end ---
+
+    async def warm_up(self) -> None:
+        """Start all workers and wait until each has run its initializer.
+
+        Raises:
+            InitializerFailed, PoolBroken: a worker could not be started.
+            PoolClosed: the pool was closed.
+
+        Cancellation: the workers go on starting.
+        """
+        await self._warm_up(_async_waits())
+
+    async def _warm_up(self, waits: Waits) -> None:
+        self._start_supervisor()
+        ticket = Ticket()
+        waits.prepare(ticket)
+        if not self._dispatcher.want_all(ticket):
+            raise PoolClosed(self.settings.name)
+        self._supervisor.notify()
+        await waits.settled(ticket)
+        ticket.result()
+
+    async def aclose(self, drain: float | None = None) -> None:
+        """Take no more calls, let the accepted ones finish, and stop the workers.
+
+        Args:
+            drain: after so many seconds what still runs is killed and its callers get `PoolClosed`; by default the
+                pool's `drain`.
+
+        Cancellation: the pool closes all the same; only the waiting ends.
+        """
+        await self._close(drain, _async_waits())
+
+    def close(self, drain: float | None = None) -> None:
+        """Do as `aclose`, from a thread without an event loop.
+
+        Raises:
+            RuntimeError: this thread runs an event loop, which would stand still meanwhile.
+        """
+        _refuse_in_event_loop("close", "await pool.aclose()")
+        run_to_end(self._close(drain, BlockingWaits()))
+
+    async def _close(self, drain: float | None, waits: Waits) -> None:
+        if drain is None:
+            drain = self.settings.drain
+        check_seconds("drain", drain)
+        self._dispatcher.close()
+        if not self._supervisor.is_running:
+            return
+        ticket = Ticket()
+        waits.prepare(ticket)
+        self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
+        await waits.settled(ticket)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.warm_up()
+        except BaseException:
+            self._stop_soon()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        import anyio
+
+        with anyio.CancelScope(shield=True):
+            await self.aclose()
+
+    def __enter__(self) -> Self:
+        _refuse_in_event_loop("with pool", "async with pool")
+        try:
+            run_to_end(self._warm_up(BlockingWaits()))
+        except BaseException:
+            self._stop_soon()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        supervisor: Supervisor | None = getattr(self, "_supervisor", None)
+        if supervisor is not None and supervisor.is_running and not self._dispatcher.closed:
+            warnings.warn(f"{self!r} was never closed; use it in a 'with' block", ResourceWarning, source=self)
+            self._stop_soon()
+
+    def _stop_soon(self) -> None:
+        """Stop everything without waiting for it."""
+        self._dispatcher.closed = True  # no lock: it may run inside a garbage collection
+        if self._supervisor.is_running:
+            self._supervisor.post(self._supervisor.stop, time.monotonic(), None)
+
+    def _start_supervisor(self) -> None:
+        if not self._supervisor.is_running:
+            _refuse_in_worker()
+            self._supervisor.run()
+
+    def _after_fork_in_child(self) -> None:
+        closed = self._dispatcher.closed
+        self._set_up()
+        self._dispatcher.closed = closed
+
+
+class _WorkerStarter:
+    """Starts one worker process after another as the settings say; the supervisor's thread calls it."""
+
+    def __init__(self, settings: Settings) -> None:
+        cpus = usable_cpus()
+        self.max_workers = settings.max_workers or cpus
+        self._threads = max(1, cpus // self.max_workers)
+        self._settings = settings
+        self._context: BaseContext | None = None
+        self._numbers = itertools.count(1)
+
+    def __call__(self) -> WorkerProcess:
+        from ._process import WORKER_NAME_PREFIX, WorkerProcess, get_context
+
+        if self._context is None:
+            self._context = get_context(self._settings.mp_context)
+        name = f"{WORKER_NAME_PREFIX}{next(self._numbers)}"
+        return WorkerProcess(self._context, name, self._threads, self._settings.initializer, self._settings.initargs)
+
+
+class _Call:
+    """One call on its way: checked and pickled once, however often it is tried."""
+
+    __slots__ = ("_fn", "body")
+
+    def __init__(self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        code = getattr(fn, "__code__", None)
+        if code is None or code.co_flags & _ASYNC_CODE:
+            _check_function(fn)
+        self._fn = fn
+        self.body = _payload.dumps_call(fn, args, kwargs)
+
+    def outcome(self, reply: Frame) -> Any:
+        """Return the value in a reply, or raise the error in it."""
+        if reply.kind is not Kind.RESULT:
+            raise decode_error(reply.body, describe_callable(self._fn))
+        try:
+            return _payload.loads(reply.body)
+        except Exception as error:
+            reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
+            result_type = _payload.first_type(reply.body) or "a value"
+            raise ResultNotPicklable(describe_callable(self._fn), result_type, reason) from error
+
+    def death(self, death: Death) -> WorkerDied:
+        """Describe the death of the worker that ran it."""
+        task = describe_callable(self._fn)
+        return WorkerDied(death.pid, death.exitcode, death.signal, None, task, death.stack)
+
+
+def _check_function(fn: object) -> None:
+    """Raise unless `fn` can be called and returns a value, not something to await."""
+    name = describe_callable(fn)
+    if inspect.iscoroutine(fn):
+        name = f"{fn.__module__}.{fn.__qualname__}" if hasattr(fn, "__module__") else fn.__qualname__
+        fn.close()  # or Python would warn that it was never awaited
+        raise TypeError(
+            f"pool.run() takes a function and its arguments, not the coroutine {name}(...). A worker runs plain "
+            f"functions: write 'def' instead of 'async def', and pool.run({name.rpartition('.')[2]}, ...)."
+        )
+    if not callable(fn):
+        raise TypeError(f"pool.run() takes a function and its arguments, not {fn!r}; write pool.run(fn, 1), not fn(1)")
+    call = type(fn).__call__ if not inspect.isroutine(fn) else fn
+    if any(check(each) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction) for each in (fn, call)):
+        raise TypeError(
+            f"{name} is an 'async def' function; a worker has no event loop and runs plain functions. Await it here, "
+            "or move its CPU-bound part to a function made with 'def' and run that."
+        )
+
+
+def _async_waits() -> Waits:
+    global _the_async_waits  # noqa: PLW0603  # anyio is loaded by the first call that needs it
+    if _the_async_waits is None:
+        from ._async_waits import AsyncWaits
+
+        _the_async_waits = AsyncWaits()
+    return _the_async_waits
+
+
+_the_async_waits: Waits | None = None
+
+
+def _refuse_in_event_loop(what: str, instead: str) -> None:
+    if (loop := running_loop()) is not None:
+        raise RuntimeError(
+            f"{what} would block the {loop} event loop that runs in this thread; use '{instead}' there, "
+            f"or call {what} from another thread"
+        )
+
+
+def _refuse_in_worker() -> None:
+    """Raise where a pool must not start workers: in a worker, and in a new process that imports the main module."""
+    from ._process import is_importing_main, is_newborn_worker
+
+    if _child.in_worker():
+        raise RuntimeError(
+            "a worker must not use a pool: its workers would compete with this one's for the same CPUs. "
+            "Return what is to be done to the caller and let it call the pool, or use multiprocessing here."
+        )
+    if is_newborn_worker():
+        os._exit(_child.EXIT_UNGUARDED_MAIN)  # the supervisor tells the user, once
+    if is_importing_main():
+        raise RuntimeError(f"a pool was used while a new process imports the main module. {GUARD_ADVICE}")
+
+
+# --- the process's end, and its forks ---
+
+
+def _close_at_exit() -> None:
+    pools = [pool for pool in list(_pools) if pool._supervisor.is_running]
+    for pool in pools:
+        pool._stop_soon()
+    for pool in pools:
+        run_to_end(pool._close(0, BlockingWaits()))
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_close_at_exit)

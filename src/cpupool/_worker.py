@@ -1,0 +1,167 @@
+"""One worker seen from the pool: where it stands in its life, and how one call talks with it.
+
+Rules:
+
+- A worker's channel belongs to its owner: the supervisor until the worker is ready and after a call has given it up,
+  otherwise the call it is lent to.
+- Only the supervisor changes `state`, along `_TRANSITIONS`.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
+
+if TYPE_CHECKING:
+    from ._frames import Frame
+    from ._process import WorkerProcess
+    from ._waiting import Ticket, Waits
+
+_RECEIVE_SIZE = 64 * 1024
+_MAX_RECEIVE_SIZE = 1024 * 1024
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have set SIGPIPE to end it
+
+
+class State(enum.Enum):
+    STARTING = "starting"  # its initializer has not finished
+    READY = "ready"  # idle, or lent to a call: the dispatcher knows
+    LEAVING = "leaving"  # told to exit
+    KILLED = "killed"
+    ENDED = "ended"  # its exit status is known
+
+
+_TRANSITIONS = {
+    State.STARTING: {State.READY, State.LEAVING, State.KILLED, State.ENDED},
+    State.READY: {State.LEAVING, State.KILLED, State.ENDED},
+    State.LEAVING: {State.KILLED, State.ENDED},
+    State.KILLED: {State.ENDED},
+    State.ENDED: set[State](),
+}
+
+
+class WorkerGone(Exception):
+    """The connection to the worker has ended: it is dead, or about to be killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended.  `exitcode` and `signal` are both None where nobody could learn it."""
+
+    pid: int
+    exitcode: int | None
+    signal: int | None
+    stack: str | None
+    last_task_id: int
+
+
+class Worker:
+    """A worker process and the state of its connection.
+
+    Attributes:
+        process: its operating-system side.
+        state: see `State`.
+        deadline: when the supervisor kills it, on the monotonic clock, or None.
+        heir: settled with its `Death` for the call that lost it.
+    """
+
+    __slots__ = ("_decoder", "_state", "deadline", "heir", "process")
+
+    def __init__(self, process: WorkerProcess, deadline: float | None) -> None:
+        self.process = process
+        self.deadline = deadline
+        self.heir: Ticket | None = None
+        self._state = State.STARTING
+        self._decoder = FrameDecoder()
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.process.pid} {self._state.value}>"
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        if state not in _TRANSITIONS[self._state]:
+            raise RuntimeError(f"{self!r} cannot become {state.value}")
+        self._state = state
+
+    async def exchange(self, task_id: int, body: bytes, waits: Waits) -> Frame:
+        """Send a call and wait for its answer.
+
+        Raises:
+            WorkerGone: the connection ended first.
+
+        Cancellation: the worker is left in the middle of a call; it has to be handed to the supervisor.
+        """
+        try:
+            await self._send(encode_frame(Kind.CALL, task_id, body), waits)
+            while True:
+                await waits.readable(self.process.channel)
+                reply = self.receive()
+                if reply is not None:
+                    break
+        except (ConnectionError, ProtocolError) as error:
+            raise WorkerGone from error
+        if reply.task_id != task_id:
+            raise WorkerGone
+        return reply
+
+    async def _send(self, frame: bytes, waits: Waits) -> None:
+        channel = self.process.channel
+        rest = memoryview(frame)
+        while True:
+            try:
+                rest = rest[channel.send(rest, _NO_SIGNAL) :]
+            except BlockingIOError:
+                pass
+            if not rest:
+                return
+            await waits.writable(channel)
+
+    def receive(self) -> Frame | None:
+        """Take what has arrived; return the frame it completes, if it does.
+
+        Raises:
+            WorkerGone: the connection has ended.
+            ConnectionError, ProtocolError: it ended badly.
+        """
+        decoder = self._decoder
+        try:
+            data = self.process.channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), _MAX_RECEIVE_SIZE))
+        except BlockingIOError:
+            return None
+        if not data:
+            raise WorkerGone
+        decoder.feed(data)
+        return decoder.next_frame()
+
+    def say_bye(self) -> None:
+        """Ask an idle worker to exit."""
+        try:
+            self.process.channel.send(encode_frame(Kind.BYE), _NO_SIGNAL)
+        except OSError:
+            pass  # it has gone already
+
+    def hang_up(self) -> None:
+        """End the connection for a call that may be waiting on it, though something still holds the other end."""
+        try:
+            self.process.channel.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # ended already
+
+    def death(self) -> Death:
+        """Describe how the ended process ended."""
+        status = self.process.poll()
+        died_of_signal = status is not None and status < 0
+        return Death(
+            pid=self.process.pid,
+            exitcode=None if died_of_signal else status,
+            signal=-status if status is not None and died_of_signal else None,
+            stack=self.process.crash_stack(),
+            last_task_id=self.process.last_task_id(),
+        )
