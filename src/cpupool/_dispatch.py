@@ -17,6 +17,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from ._errors import PoolClosed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,8 +35,9 @@ class Dispatcher(Generic[W]):
         closed: True once no new call is taken.
     """
 
-    def __init__(self, max_workers: int) -> None:
+    def __init__(self, max_workers: int, name: str) -> None:
         self.max_workers = max_workers
+        self._name = name
         self.closed = False
         self._lock = threading.Lock()
         self._starting: set[W] = set()
@@ -59,45 +62,39 @@ class Dispatcher(Generic[W]):
         """Put a ticket at the end of the queue; it is settled with a worker, or with the reason why there is none.
 
         Returns:
-            False if the pool is closed: the ticket is not taken.
+            True if it may be a reason to start a worker; `shortfall` says how many.
+
+        Raises:
+            PoolClosed: the ticket is not taken.
         """
         with self._lock:
-            if self.closed:
-                return False
+            self._check_open()
             self._queue.append(ticket)
-            worker = self._idle.pop() if self._idle else None
-            if worker is not None:
-                self._lent.add(worker)
-        if worker is not None:
-            self.give_back(worker)
-        return True
+            if not self._idle:
+                present = len(self._starting) + len(self._lent)
+                return present < self.max_workers and len(self._queue) > len(self._starting)
+            worker = self._idle.pop()
+            self._lent.add(worker)
+        self.give_back(worker)
+        return False
 
     def give_back(self, worker: W) -> None:
         """Take a lent worker back and hand it to the first in the queue."""
         while True:
             with self._lock:
                 if worker not in self._lent:
-                    return
-                ticket = self._next_ticket()
-                if ticket is None:
+                    return  # it has died meanwhile, and was removed
+                if not self._queue:
                     self._lent.discard(worker)
                     self._idle.append(worker)
                     return
+                ticket = self._queue.popleft()
             if ticket.settle(worker):
                 return
 
-    def _next_ticket(self) -> Ticket | None:
-        while self._queue:
-            ticket = self._queue.popleft()
-            if ticket.is_open:
-                return ticket
-        return None
-
-    def may_grow(self) -> bool:
-        """Return True if a waiting call may be a reason to start a worker; `shortfall` says how many."""
-        with self._lock:
-            present = len(self._starting) + len(self._idle) + len(self._lent)
-            return present < self.max_workers and len(self._queue) > len(self._starting)
+    def _check_open(self) -> None:
+        if self.closed:
+            raise PoolClosed(self._name)
 
     # --- supervisor ---
 
@@ -153,19 +150,17 @@ class Dispatcher(Generic[W]):
 
     # --- warm-up and close ---
 
-    def want_all(self, ticket: Ticket) -> bool:
+    def want_all(self, ticket: Ticket) -> None:
         """Keep `max_workers` workers from now on; the ticket is settled when none of them is missing.
 
-        Returns:
-            False if the pool is closed: the ticket is not taken.
+        Raises:
+            PoolClosed: the ticket is not taken.
         """
         with self._lock:
-            if self.closed:
-                return False
+            self._check_open()
             self._wanted = self.max_workers
             self._ready_tickets.append(ticket)
         self._settle_ready_tickets()
-        return True
 
     def _settle_ready_tickets(self) -> None:
         with self._lock:

@@ -31,25 +31,15 @@ class ProtocolError(Exception):
     """The bytes received are no frame: the other side is not a cpupool worker, or wrote to the wrong descriptor."""
 
 
-class Frame(tuple[Kind, int, memoryview]):
-    """One whole message: `kind`, `task_id` (0 where no task is meant) and `body`."""
+class Frame:
+    """One whole message: its kind, the task it is about (0 for none) and the bytes of its body."""
 
-    __slots__ = ()
+    __slots__ = ("body", "kind", "task_id")
 
-    def __new__(cls, kind: Kind, task_id: int, body: memoryview) -> Frame:
-        return tuple.__new__(cls, (kind, task_id, body))
-
-    @property
-    def kind(self) -> Kind:
-        return self[0]
-
-    @property
-    def task_id(self) -> int:
-        return self[1]
-
-    @property
-    def body(self) -> memoryview:
-        return self[2]
+    def __init__(self, kind: Kind, task_id: int, body: memoryview) -> None:
+        self.kind = kind
+        self.task_id = task_id
+        self.body = body
 
 
 def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"") -> bytes:
@@ -61,17 +51,22 @@ class FrameDecoder:
     """Turns received bytes into frames.
 
     Rules: `feed` takes whatever arrived; `next_frame` gives the next whole frame, or None while it is incomplete.
-    A frame's body is a view of memory that no later `feed` changes.
+    Nothing is copied that need not be: a frame that arrives in one piece is given back as a view of that piece.
     """
 
     __slots__ = ("_buffer", "_header")
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._header: tuple[Kind, int, int] | None = None
+        self._buffer: bytes | bytearray = b""
+        self._header: tuple[Kind, int, int] | None = None  # of the frame at the start of the buffer; and its end
 
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
+    def feed(self, data: bytes) -> None:
         """Take bytes as they came from the socket."""
+        if not self._buffer:
+            self._buffer = data
+            return
+        if not isinstance(self._buffer, bytearray):
+            self._buffer = bytearray(self._buffer)
         self._buffer += data
 
     @property
@@ -82,8 +77,8 @@ class FrameDecoder:
     @property
     def missing(self) -> int:
         """How many bytes are wanted at least before `next_frame` can give a frame."""
-        needed = HEADER_SIZE if self._header is None else self._header[2]
-        return max(needed - len(self._buffer), 0)
+        end = HEADER_SIZE if self._header is None else self._header[2]
+        return max(end - len(self._buffer), 0)
 
     def next_frame(self) -> Frame | None:
         """Return the next whole frame, or None.
@@ -96,18 +91,13 @@ class FrameDecoder:
             if len(buffer) < HEADER_SIZE:
                 return None
             number, task_id, length = _HEADER.unpack_from(buffer)
-            kind = _KINDS.get(number)
-            if kind is None:
+            if number not in _KINDS:
                 raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
-            self._header = kind, task_id, length
-            del buffer[:HEADER_SIZE]
-        kind, task_id, length = self._header
-        if len(buffer) < length:
+            self._header = _KINDS[number], task_id, HEADER_SIZE + length
+        kind, task_id, end = self._header
+        if len(buffer) < end:
             return None
         self._header = None
-        if len(buffer) == length:  # the usual case: hand the buffer itself over, without a copy
-            self._buffer = bytearray()
-            return Frame(kind, task_id, memoryview(buffer))
-        body = memoryview(bytes(memoryview(buffer)[:length]))
-        del buffer[:length]
-        return Frame(kind, task_id, body)
+        view = memoryview(buffer)
+        self._buffer = b"" if len(buffer) == end else bytes(view[end:])
+        return Frame(kind, task_id, view[HEADER_SIZE:end])

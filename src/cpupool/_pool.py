@@ -29,7 +29,7 @@ from ._frames import Frame, Kind
 from ._settings import Settings, check_seconds
 from ._sizing import usable_cpus
 from ._supervisor import GUARD_ADVICE, Supervisor
-from ._waiting import BlockingWaits, Ticket, Waits, run_to_end, running_loop
+from ._waiting import BlockingWaits, run_to_end, running_loop
 from ._worker import Death, Worker, WorkerGone
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ._process import WorkerProcess
+    from ._waiting import Ticket, Waits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,7 +101,7 @@ class CpuPool:
 
     def _set_up(self) -> None:
         start = _WorkerStarter(self.settings)
-        self._dispatcher: Dispatcher[Worker] = Dispatcher(start.max_workers)
+        self._dispatcher: Dispatcher[Worker] = Dispatcher(start.max_workers, self.settings.name)
         self._supervisor = Supervisor(self.settings, self._dispatcher, start)
         self._task_ids = itertools.count(1)
 
@@ -168,11 +169,11 @@ class CpuPool:
 
     async def _attempt(self, task_id: int, body: bytes, waits: Waits) -> Frame | Death:
         """Have one worker run the task: returns its answer, or how it died."""
-        ticket = Ticket()
-        worker = None
+        ticket = worker = None
         try:
             worker = self._dispatcher.borrow_idle()
             if worker is None:
+                ticket = waits.ticket()
                 worker = await self._wait_for_worker(ticket, waits)
             try:
                 reply = await worker.exchange(task_id, body, waits)
@@ -189,28 +190,24 @@ class CpuPool:
 
     async def _wait_for_worker(self, ticket: Ticket, waits: Waits) -> Worker:
         self._start_supervisor()
-        waits.prepare(ticket)
-        if not self._dispatcher.enqueue(ticket):
-            raise PoolClosed(self.settings.name)
-        if self._dispatcher.may_grow():
+        if self._dispatcher.enqueue(ticket):
             self._supervisor.notify()
         await waits.settled(ticket)
         worker: Worker = ticket.result()
         return worker
 
     async def _learn_death(self, worker: Worker, waits: Waits) -> Death:
-        ticket = Ticket()
-        waits.prepare(ticket)
+        ticket = waits.ticket()
         self._supervisor.post(self._supervisor.bury, worker, ticket)
         await waits.settled(ticket)
         death: Death = ticket.result()
         return death
 
-    def _give_up(self, ticket: Ticket, worker: Worker | None) -> None:
+    def _give_up(self, ticket: Ticket | None, worker: Worker | None) -> None:
         """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
         if worker is not None:
             self._supervisor.post(self._supervisor.bury, worker, None)
-        elif not ticket.withdraw() and ticket.value is not None:  # lent in the same moment, and untouched
+        elif ticket is not None and not ticket.withdraw() and ticket.value is not None:  # lent in the same moment, and untouched
             self._supervisor.post(self._dispatcher.give_back, ticket.value)
 
     # --- start and end ---
@@ -228,10 +225,8 @@ class CpuPool:
 
     async def _warm_up(self, waits: Waits) -> None:
         self._start_supervisor()
-        ticket = Ticket()
-        waits.prepare(ticket)
-        if not self._dispatcher.want_all(ticket):
-            raise PoolClosed(self.settings.name)
+        ticket = waits.ticket()
+        self._dispatcher.want_all(ticket)
         self._supervisor.notify()
         await waits.settled(ticket)
         ticket.result()
@@ -263,8 +258,7 @@ class CpuPool:
         self._dispatcher.close()
         if not self._supervisor.is_running:
             return
-        ticket = Ticket()
-        waits.prepare(ticket)
+        ticket = waits.ticket()
         self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
         await waits.settled(ticket)
 

@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
 T = TypeVar("T")
-
-
-class Wake(Protocol):
-    """Wakes one waiting task or thread, from any thread, without blocking."""
-
-    def __call__(self) -> bool:
-        """Return False if the one who waits can never run again (its event loop is closed)."""
-        ...
 
 
 class Waits(Protocol):
@@ -34,63 +26,64 @@ class Waits(Protocol):
 
     async def writable(self, channel: socket.socket) -> None: ...
 
-    def prepare(self, ticket: Ticket) -> None:
-        """Give the ticket the way to wake this task or thread; call it before another thread can see the ticket."""
+    def ticket(self) -> Ticket:
+        """Make a ticket that this task or thread is going to wait for."""
         ...
 
     async def settled(self, ticket: Ticket) -> None:
-        """Wait until a prepared ticket is settled."""
+        """Wait until it is settled."""
         ...
 
 
 class Ticket:
     """What one task or thread waits for and another thread settles: exactly once, or never if it was withdrawn.
 
-    Rules: `settle` and `withdraw` may race; the one that takes the token has won, and taking it is a single atomic
+    Rules: `settle` and `withdraw` may race; the one that deletes the token has won, and deleting it is a single atomic
     step.  So neither needs a lock, and `withdraw` is safe where no lock may be taken: while a coroutine is being
     garbage-collected, which can happen in the middle of anything.
 
     Attributes:
-        value: what it was settled with; meaningful once `settle` has won.
-        error: the exception it was settled with instead.
+        waiting: what its maker waits on: a future, an event.
+        thread: the maker's thread.
+        value: what it was settled with, or None.
+        error: the exception it was settled with instead, or None.
     """
 
-    __slots__ = ("_token", "_wake", "error", "value", "waiting")
+    __slots__ = ("_token", "_wake", "error", "thread", "value", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Any, wake: Callable[[Ticket], bool]) -> None:
+        """Args: `wake` wakes the maker from any thread, without blocking; False if it can never run again."""
+        self.waiting = waiting
+        self.thread = threading.get_ident()
         self.value: Any = None
         self.error: BaseException | None = None
-        self.waiting: Any = None  # what its `Waits` waits on
-        self._wake: Wake | None = None
-        self._token = [None]
-
-    def wake_with(self, wake: Wake) -> None:
         self._wake = wake
+        self._token = True
 
     @property
     def is_open(self) -> bool:
         """True until it is settled or withdrawn."""
-        return bool(self._token)
+        return hasattr(self, "_token")
 
     def settle(self, value: object = None, error: BaseException | None = None) -> bool:
-        """Set the outcome and wake the one who waits.
+        """Set the outcome and wake the one who waits.  Only one thread at a time may try.
 
         Returns:
             False if nobody will take the outcome: the ticket was withdrawn, or its event loop is closed.
         """
-        if not self._token:
+        if not self.is_open:
             return False
-        self.value, self.error = value, error
+        self.value, self.error = value, error  # before it can be seen to be settled
         if not self.withdraw():
             self.value = self.error = None
             return False
-        return self._wake is None or self._wake()
+        return self._wake(self)
 
     def withdraw(self) -> bool:
         """Take the ticket back.  Returns False if it has been settled: then its value is here, and has to be used."""
         try:
-            self._token.pop()
-        except IndexError:
+            del self._token
+        except AttributeError:
             return False
         return True
 
@@ -110,17 +103,16 @@ class BlockingWaits:
     async def writable(self, channel: socket.socket) -> None:
         _block_until(channel, selectors.EVENT_WRITE)
 
-    def prepare(self, ticket: Ticket) -> None:
-        ticket.waiting = event = threading.Event()
-
-        def wake() -> bool:
-            event.set()
-            return True
-
-        ticket.wake_with(wake)
+    def ticket(self) -> Ticket:
+        return Ticket(threading.Event(), _set_event)
 
     async def settled(self, ticket: Ticket) -> None:
         ticket.waiting.wait()
+
+
+def _set_event(ticket: Ticket) -> bool:
+    ticket.waiting.set()
+    return True
 
 
 def _block_until(channel: socket.socket, event: int) -> None:

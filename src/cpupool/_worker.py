@@ -98,30 +98,31 @@ class Worker:
 
         Cancellation: the worker is left in the middle of a call; it has to be handed to the supervisor.
         """
+        channel = self.process.channel
         try:
-            await self._send(encode_frame(Kind.CALL, task_id, body), waits)
-            while True:
-                await waits.readable(self.process.channel)
-                reply = self.receive()
-                if reply is not None:
-                    break
+            if (rest := self._send(encode_frame(Kind.CALL, task_id, body))) is not None:
+                await self._send_rest(rest, waits)
+            await waits.readable(channel)
+            while (reply := self.receive()) is None:
+                await waits.readable(channel)
         except (ConnectionError, ProtocolError) as error:
             raise WorkerGone from error
         if reply.task_id != task_id:
             raise WorkerGone
         return reply
 
-    async def _send(self, frame: bytes, waits: Waits) -> None:
-        channel = self.process.channel
-        rest = memoryview(frame)
-        while True:
-            try:
-                rest = rest[channel.send(rest, _NO_SIGNAL) :]
-            except BlockingIOError:
-                pass
-            if not rest:
-                return
-            await waits.writable(channel)
+    def _send(self, data: bytes | memoryview) -> memoryview | None:
+        """Send what the socket takes now; return the rest, or None if there is none."""
+        try:
+            sent = self.process.channel.send(data, _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        return None if sent == len(data) else memoryview(data)[sent:]
+
+    async def _send_rest(self, rest: memoryview | None, waits: Waits) -> None:
+        while rest is not None:
+            await waits.writable(self.process.channel)
+            rest = self._send(rest)
 
     def receive(self) -> Frame | None:
         """Take what has arrived; return the frame it completes, if it does.
