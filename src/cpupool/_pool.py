@@ -112,6 +112,11 @@ class CpuPool:
         return f"<{type(self).__name__} {self.settings.name!r} {state}: {counts}>"
 
     @property
+    def max_workers(self) -> int:
+        """How many workers it has at most: the setting, or what `usable_cpus()` said when the pool was made."""
+        return self._dispatcher.max_workers
+
+    @property
     def is_closed(self) -> bool:
         """True once the pool takes no more calls."""
         return self._dispatcher.closed

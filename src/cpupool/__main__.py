@@ -1,0 +1,156 @@
+"""The command line: `python -m cpupool domains PATH...` and `python -m cpupool doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+
+from . import CpuPool, CpuPoolError, __version__, _doctor, domains
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+EXIT_OK, EXIT_PARTIAL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except CpuPoolError as error:
+        print(f"cpupool: {error}", file=sys.stderr)
+        return EXIT_PARTIAL
+    except BrokenPipeError:  # the reader has what it wanted: `... | head`
+        sys.stderr.close()
+        return EXIT_OK
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cpupool", description="CPU-bound Python in worker processes.")
+    parser.add_argument("--version", action="version", version=f"cpupool {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "domains",
+        help="count the domain names in files, on all CPUs",
+        description="Count the domain names in files and folders. Exit status 1 if anything could not be read.",
+    )
+    command.add_argument("paths", nargs="+", metavar="PATH", help="a file, or a folder to search through")
+    command.add_argument("--top", type=_positive, default=None, metavar="N", help="print only the N most frequent")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.add_argument("--workers", type=_positive, default=None, metavar="N", help="worker processes (default: all CPUs)")
+    command.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    command.set_defaults(command=_domains)
+
+    command = commands.add_parser(
+        "doctor", help="print what a pool would use here, and why", description="Print what a pool would use here, and why."
+    )
+    command.set_defaults(command=_doctor_command)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+
+def _domains(options: argparse.Namespace) -> int:
+    found = domains.Extraction()
+    files = list(domains.find_files(options.paths, found.unreadable))
+    started = time.perf_counter()
+    with _progress_bar(sum(size for _, size in files), wanted=not options.no_progress) as advance:
+        anyio.run(_extract_all, files, options.workers, found, advance)
+    seconds = time.perf_counter() - started
+    (_print_json if options.json else _print_table)(found, len(files), seconds, options.top)
+    for path, reason in found.unreadable.items():
+        print(f"cpupool: {path}: {reason}", file=sys.stderr)
+    return EXIT_PARTIAL if found.unreadable else EXIT_OK
+
+
+async def _extract_all(
+    files: Iterable[tuple[str, int]], workers: int | None, found: domains.Extraction, advance: Callable[[int], None]
+) -> None:
+    """Add the domains of all files to `found`; `advance` is told of the bytes done, as they are done."""
+    tasks = domains.plan_ranges(files)
+    async with CpuPool(workers) as pool, anyio.create_task_group() as group:
+
+        async def lane() -> None:
+            for task in tasks:
+                found.add(await pool.run(domains.extract, task))
+                advance(sum(each.stop - each.start for each in task))
+
+        for _ in range(2 * pool.max_workers):  # one task waits for each worker, so that none is ever idle
+            group.start_soon(lane)
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, *, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error if that is a terminal and rich (the extra `cli`) is installed."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda _: None
+        return
+    columns = (TextColumn("searching"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("searching", total=total)
+        yield lambda amount: progress.advance(bar, amount)
+
+
+def _ranking(extraction: domains.Extraction, top: int | None) -> list[tuple[str, int]]:
+    """Return domains and counts, most frequent first, in a fixed order."""
+    ranking = sorted(extraction.counts.items(), key=lambda item: (-item[1], item[0]))
+    return ranking[:top]
+
+
+def _print_table(extraction: domains.Extraction, files: int, seconds: float, top: int | None) -> None:
+    for domain, count in _ranking(extraction, top):
+        print(f"{count:>9,}  {domain}")
+    print(
+        f"{extraction.counts.total():,} domains, {len(extraction.counts):,} different, "
+        f"in {files:,} files, {extraction.bytes_read:,} bytes, {seconds:.2f} s"
+    )
+
+
+def _print_json(extraction: domains.Extraction, files: int, seconds: float, top: int | None) -> None:
+    summary = {
+        "domains": dict(_ranking(extraction, top)),
+        "total": extraction.counts.total(),
+        "different": len(extraction.counts),
+        "files": files,
+        "bytes": extraction.bytes_read,
+        "seconds": round(seconds, 3),
+        "unreadable": extraction.unreadable,
+    }
+    print(json.dumps(summary, indent=2, ensure_ascii=False))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _doctor_command(_: argparse.Namespace) -> int:
+    for name, value in _doctor.diagnose():
+        print(f"{name:16s} {value}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

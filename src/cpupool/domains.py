@@ -1,0 +1,173 @@
+"""The reference workload: find domain names in text, exactly and in linear time.
+
+A domain here is what the well-known pattern ``([a-zA-Z0-9\\-_]+\\.){1,}[a-zA-Z0-9\\-_]+`` matches: labels of ASCII
+letters, digits, hyphens and underscores, joined by single dots, at least two of them.  That pattern itself is quadratic:
+on letters without a dot it starts anew at every letter.  `find_domains` starts only where a label begins, and never gives
+back what a label has taken (possessive quantifiers, Python 3.11), so it reads each character a fixed number of times.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from . import split_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_LABEL = r"[a-zA-Z0-9\-_]++"
+_DOMAIN = re.compile(rf"(?<![a-zA-Z0-9\-_]){_LABEL}(?:\.{_LABEL})++")
+_NOT_IN_A_DOMAIN = re.compile(r"[^a-zA-Z0-9\-_.]")
+
+# In bytes, a place to cut lies behind an ASCII character that no domain contains: never inside a UTF-8 sequence.
+_CUT = re.compile(rb"[\x00-\x7f](?<![a-zA-Z0-9\-_.])")
+_LOOK_AHEAD = 64 * 1024
+
+RANGE_BYTES = 1024 * 1024
+
+
+def find_domains(text: str) -> list[str]:
+    """Return all domain names in a text, in order, repeated as often as they occur."""
+    return _DOMAIN.findall(text)
+
+
+def is_boundary(character: str) -> bool:
+    """Return True for a character that is in no domain, so that a text may be cut behind it."""
+    return _NOT_IN_A_DOMAIN.match(character) is not None
+
+
+def split_for_domains(text: str, max_chars: int) -> Iterator[str]:
+    """Split a text so that the domains of its pieces are the domains of the whole; see `cpupool.split_text`."""
+    return split_text(text, max_chars, is_boundary)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes of a file from `start` up to `stop`, both moved forward to the next place where it may be cut."""
+
+    path: str
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Extraction:
+    """What was found in some file ranges.
+
+    Attributes:
+        counts: how often each domain occurs.
+        bytes_read: how many bytes were searched.
+        unreadable: why a path could not be read, by path.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    bytes_read: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: Extraction) -> None:
+        """Take in what was found elsewhere."""
+        self.counts.update(other.counts)
+        self.bytes_read += other.bytes_read
+        self.unreadable.update(other.unreadable)
+
+
+def find_files(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """Yield the path and size in bytes of each regular file below `paths`, in a fixed order.
+
+    Symbolic links inside folders are not followed, and what is neither file nor folder is passed over there; a path that
+    is given is taken at its word.  What cannot be read is added to `unreadable`.
+    """
+    for path in paths:
+        try:
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                yield from _walk(path, unreadable)
+            elif stat.S_ISREG(status.st_mode):
+                yield path, status.st_size
+            else:
+                unreadable[path] = "neither a file nor a folder"
+        except OSError as error:
+            unreadable[path] = _reason(error)
+
+
+def _walk(top: str, unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
+    def note(error: OSError) -> None:
+        unreadable[str(error.filename)] = _reason(error)
+
+    for folder, subfolders, names in os.walk(top, onerror=note):
+        subfolders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            try:
+                status = os.lstat(path)
+            except OSError as error:
+                note(error)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield path, status.st_size
+
+
+def plan_ranges(files: Iterable[tuple[str, int]], range_bytes: int = RANGE_BYTES) -> Iterator[list[FileRange]]:
+    """Group files into tasks of about `range_bytes`: large files are cut up, small ones go together."""
+    task: list[FileRange] = []
+    room = range_bytes
+    for path, size in files:
+        start = 0
+        while start < size:
+            stop = min(start + room, size)
+            task.append(FileRange(path, start, stop))
+            room -= stop - start
+            start = stop
+            if room <= 0:
+                yield task
+                task, room = [], range_bytes
+        if size == 0:
+            task.append(FileRange(path, 0, 0))  # nothing to read, but whether it can be read is asked for
+    if task:
+        yield task
+
+
+def extract(ranges: list[FileRange]) -> Extraction:
+    """Count the domains in some file ranges: one task for a worker, which reads the files itself.
+
+    Bytes that are not UTF-8 are replaced.
+    """
+    found = Extraction()
+    for each in ranges:
+        try:
+            data = _read_range(each)
+        except OSError as error:
+            found.unreadable[each.path] = _reason(error)
+            continue
+        found.bytes_read += len(data)
+        found.counts.update(find_domains(data.decode("utf-8", "replace")))
+    return found
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _read_range(wanted: FileRange) -> bytes:
+    with open(wanted.path, "rb") as file:
+        start = _next_cut(file.fileno(), wanted.start)
+        stop = _next_cut(file.fileno(), wanted.stop)
+        file.seek(start)
+        return file.read(max(stop - start, 0))
+
+
+def _next_cut(fd: int, position: int) -> int:
+    """Return the first place at or behind `position` where the file may be cut: 0, its end, or behind a boundary."""
+    if position == 0:
+        return 0
+    offset = position - 1
+    while data := os.pread(fd, _LOOK_AHEAD, offset):
+        if found := _CUT.search(data):
+            return offset + found.end()
+        offset += len(data)
+    return offset
