@@ -7,6 +7,8 @@ import ctypes
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import cpupool
 from cpupool import domains
@@ -14,6 +16,14 @@ from cpupool import domains
 
 def segfault() -> None:
     ctypes.string_at(0)
+
+
+def standard_library() -> Iterator[tuple[str, int]]:
+    """Yield path and size of the standard library's own source files."""
+    unreadable: dict[str, str] = {}
+    for path, size in domains.find_files([sysconfig.get_path("stdlib")], unreadable):
+        if path.endswith(".py") and not {"site-packages", "dist-packages"} & set(Path(path).parts):
+            yield path, size
 
 
 async def count_domains(tasks: list[list[domains.FileRange]], workers: int) -> tuple[Counter[str], float]:
@@ -41,9 +51,7 @@ async def survive_a_segfault() -> None:
 
 
 async def main() -> None:
-    tree = sysconfig.get_path("stdlib")
-    unreadable: dict[str, str] = {}
-    tasks = list(domains.plan_ranges(domains.find_files([tree], unreadable)))
+    tasks = list(domains.plan_ranges(standard_library()))
     size = sum(each.stop - each.start for task in tasks for each in task)
     print(f"Domain names in the standard library's source tree: {size:,} bytes, {len(tasks)} tasks")
 

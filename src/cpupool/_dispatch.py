@@ -106,13 +106,14 @@ class Dispatcher(Generic[W]):
             if self.closed:
                 target = needed  # accepted calls still run; nothing is kept for later
             else:
-                self._wanted = target = min(max(self._wanted, needed), self.max_workers)
+                target = max(self._wanted, needed)
             return max(min(target, self.max_workers) - present, 0)
 
     def add_starting(self, worker: W) -> None:
         """Note a worker that was started and is not ready yet."""
         with self._lock:
             self._starting.add(worker)
+            self._wanted = max(self._wanted, len(self._starting) + len(self._idle) + len(self._lent))
 
     def add_ready(self, worker: W) -> None:
         """Note that a starting worker is ready, and lend it to the first in the queue."""

@@ -371,20 +371,18 @@ class _Call:
 
 def _check_function(fn: object) -> None:
     """Raise unless `fn` can be called and returns a value, not something to await."""
-    name = describe_callable(fn)
     if inspect.iscoroutine(fn):
-        name = f"{fn.__module__}.{fn.__qualname__}" if hasattr(fn, "__module__") else fn.__qualname__
         fn.close()  # or Python would warn that it was never awaited
         raise TypeError(
-            f"pool.run() takes a function and its arguments, not the coroutine {name}(...). A worker runs plain "
-            f"functions: write 'def' instead of 'async def', and pool.run({name.rpartition('.')[2]}, ...)."
+            f"pool.run() takes a function and its arguments, not the coroutine {fn.__qualname__}(...). A worker runs "
+            f"plain functions: write 'def' instead of 'async def', and pool.run({fn.__name__}, ...)."
         )
     if not callable(fn):
         raise TypeError(f"pool.run() takes a function and its arguments, not {fn!r}; write pool.run(fn, 1), not fn(1)")
     call = type(fn).__call__ if not inspect.isroutine(fn) else fn
     if any(check(each) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction) for each in (fn, call)):
         raise TypeError(
-            f"{name} is an 'async def' function; a worker has no event loop and runs plain functions. Await it here, "
+            f"{describe_callable(fn)} is an 'async def' function; a worker has no event loop and runs plain functions. Await it here, "
             "or move its CPU-bound part to a function made with 'def' and run that."
         )
 

@@ -9,6 +9,7 @@ its real parent.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import multiprocessing.process
 import os
@@ -127,8 +128,9 @@ class WorkerProcess:
 
     def crash_stack(self) -> str | None:
         """Return the Python stack that `faulthandler` wrote when the process crashed, or None."""
-        stack = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE)
-        return stack.decode("utf-8", "replace") or None
+        text = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE).decode("utf-8", "replace")
+        lines = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
+        return "\n".join(lines) or None
 
     def kill(self) -> None:
         """End the process and what it started, at once."""

@@ -1,0 +1,32 @@
+"""Sphinx builds the documentation with this: `make docs`."""
+
+from __future__ import annotations
+
+import cpupool
+
+project = "cpupool"
+author = "The cpupool authors"
+copyright = "2026, The cpupool authors"
+version = release = cpupool.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"cpupool {release}"
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"member-order": "bysource"}
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Cancellation"]
+
+# No intersphinx, so that the build needs no network: what other projects define is named here, and nothing else.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:class", r"(collections\.abc|concurrent\.futures|multiprocessing|pathlib|types|typing)\..+"),
+    (r"py:exc", r"(concurrent\.futures|asyncio|pickle)\..+"),
+]

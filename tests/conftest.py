@@ -1,0 +1,133 @@
+"""What every test gets: the event loops to run on, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+
+import psutil
+import pytest
+import uvloop
+
+TESTS = Path(__file__).parent
+START_METHODS = ["forkserver", "spawn", "fork"]
+
+# CPython warns when a process with threads forks.  The pool's own thread makes every user of "fork" one; they asked.
+IGNORE_FORK_WARNING = pytest.mark.filterwarnings("ignore:.*use of fork.*may lead to deadlocks:DeprecationWarning")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    return request.param
+
+
+@pytest.fixture(params=[pytest.param(method, marks=IGNORE_FORK_WARNING) for method in START_METHODS])
+def start_method(request: pytest.FixtureRequest) -> str:
+    method: str = request.param
+    return method
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _helpers_of_others() -> None:
+    """Start what multiprocessing and libuv keep for the life of the program, so that no test seems to leave it behind."""
+    uvloop.new_event_loop().close()
+    forkserver.ensure_running()
+    process = multiprocessing.get_context("forkserver").Process(target=int)
+    process.start()
+    process.join()
+    process.close()
+
+
+def _census() -> dict[str, set[str]]:
+    """Return everything a test might leave behind, by kind."""
+    children = psutil.Process().children(recursive=True)
+    descriptors = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            descriptors.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return {
+        "process": {f"{child.pid} {_command(child)}" for child in children},
+        # trio keeps the threads of its cache for some seconds, for the next who needs one
+        "thread": {f"{each.name} {each.ident}" for each in threading.enumerate() if not each.name.startswith("Trio")},
+        "descriptor": descriptors,
+        "shared memory": set(os.listdir("/dev/shm")),
+    }
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.status()
+    except psutil.NoSuchProcess:
+        return "gone"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(_helpers_of_others: None) -> Iterator[None]:
+    before = _census()
+    yield
+    deadline = time.monotonic() + 5
+    while True:
+        gc.collect()
+        after = _census()
+        left = {kind: after[kind] - before[kind] for kind in after if after[kind] - before[kind]}
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.01)  # the end of a process cannot be waited for from here
+
+
+def is_gone(pid: int) -> bool:
+    """Return True if the process has ended; it may not have been reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until_gone(*pids: int, seconds: float = 10) -> None:
+    """Wait for processes that are not our children, and so cannot be waited for."""
+    deadline = time.monotonic() + seconds
+    while not all(is_gone(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            pytest.fail(f"still alive after {seconds} s: {[pid for pid in pids if not is_gone(pid)]}")
+        time.sleep(0.001)
+
+
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> RunScript:
+    """Run Python source as a program of its own: `run_script(source, *arguments)`."""
+
+    def run(source: str, *arguments: str, timeout: float = 60, stdin: str | None = "") -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "script.py"
+        path.write_text(source)
+        command = [sys.executable, "-W", "error", str(path), *arguments]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, env=environment(), check=False
+        )
+
+    return run
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment for a program of a test: this one, with the test helpers importable."""
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}

@@ -1,0 +1,309 @@
+"""What the tests run in workers.  Every function can be imported, and shakes hands through files where it must wait."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cpupool
+
+initialised: list[object] = []
+
+
+def add(a: int, b: int = 0, *, c: int = 0) -> int:
+    return a + b + c
+
+
+def get_pid() -> int:
+    return os.getpid()
+
+
+def initialise(*values: object) -> None:
+    initialised.extend(values)
+
+
+def get_initialised() -> list[object]:
+    return list(initialised)
+
+
+def hold(fifo_in: str, fifo_out: str) -> int:
+    """Say "begun" with the pid through one FIFO, then wait for the other to open."""
+    with open(fifo_in, "w") as file:
+        file.write(f"{os.getpid()}\n")
+    with open(fifo_out) as file:
+        file.read()
+    return os.getpid()
+
+
+class Gate:
+    """Lets a test know that a task has begun, and the task know that it may end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.begun, self.end = folder / "begun", folder / "end"
+        os.mkfifo(self.begun)
+        os.mkfifo(self.end)
+
+    @property
+    def arguments(self) -> tuple[str, str]:
+        return str(self.begun), str(self.end)
+
+    def wait_until_begun(self) -> int:
+        """Return the task's pid."""
+        with open(self.begun) as file:
+            return int(file.readline())
+
+    def open(self) -> None:
+        self.end.open("w").close()
+
+
+def die_by_signal(number: int) -> NoReturn:
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+    raise AssertionError("still alive")
+
+
+def exit_at_once(status: int) -> NoReturn:
+    os._exit(status)
+
+
+def abort() -> NoReturn:
+    os.abort()
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def close_all_descriptors() -> None:
+    os.closerange(3, 4096)
+    time.sleep(60)
+
+
+def append_line_and_die(path: str) -> None:
+    append_line(path)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def append_line(path: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def describe_signals() -> dict[str, Any]:
+    status = Path("/proc/self/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return {
+        "blocked": int(fields["SigBlk"], 16),
+        "ignored": int(fields["SigIgn"], 16),
+        "handlers": {
+            number.name for number in signal.valid_signals() if isinstance(number, signal.Signals) and callable(signal.getsignal(number))
+        },
+        "wakeup_fd": signal.set_wakeup_fd(-1),
+        "group": os.getpgid(0),
+    }
+
+
+def list_sockets() -> list[str]:
+    """Return the inode names of the sockets that this process has open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith("socket:"):
+                found.append(target)
+    return found
+
+
+def get_environment(names: tuple[str, ...]) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in names}
+
+
+def loaded_modules() -> set[str]:
+    return set(sys.modules)
+
+
+def spin_forever() -> None:
+    while True:
+        pass
+
+
+def hold_gil_forever() -> None:
+    import collections
+    import itertools
+
+    collections.deque(itertools.repeat(0), maxlen=0)
+
+
+def block_signals_and_sleep() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    time.sleep(3600)
+
+
+def run_threads_and_processes() -> tuple[int, int]:
+    """Use multiprocessing and threads in a task: workers are not daemonic."""
+    import multiprocessing
+
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(21 * 2))
+    thread.start()
+    thread.join()
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:
+        mapped = pool.map(abs, [-1, -2])
+        pool.close()
+        pool.join()
+    return results[0], sum(mapped)
+
+
+def use_pool_in_worker() -> None:
+    cpupool.CpuPool(1).run_sync(abs, -1)
+
+
+def print_everywhere() -> None:
+    import subprocess
+
+    print("from print")
+    print("from print to stderr", file=sys.stderr)
+    libc = ctypes.CDLL(None)
+    libc.puts(b"from puts")
+    subprocess.run(["echo", "from echo"], check=True)
+    print(f"stdin: {sys.stdin.read()!r} {os.read(0, 10)!r}")
+
+
+def fork_and_die(path: str) -> None:
+    """Leave behind a grandchild that has inherited everything, and die."""
+    if os.fork() == 0:
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(3600)
+        os._exit(0)
+    while not Path(path).exists():
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RefusesToUnpickle:
+    """Pickles well, with a large body, and raises when it is rebuilt."""
+
+    def __init__(self, size: int = 0) -> None:
+        self.body = b"x" * size
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise ValueError("refuses to be rebuilt")
+
+
+def return_refusing() -> RefusesToUnpickle:
+    return RefusesToUnpickle()
+
+
+def return_lambda() -> object:
+    return lambda: None
+
+
+def return_lock() -> object:
+    return threading.Lock()
+
+
+def return_open_file() -> object:
+    return open(os.devnull)
+
+
+def return_generator() -> Iterator[int]:
+    return iter(number for number in range(3))
+
+
+async def coroutine_function(number: int) -> int:
+    return number
+
+
+async def async_generator_function(number: int) -> Any:
+    yield number
+
+
+class AsyncCallable:
+    async def __call__(self, number: int) -> int:
+        return number
+
+
+# --- exceptions that default pickling breaks or garbles ---
+
+
+class TwoArguments(Exception):
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class KeywordOnly(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class FormatsItsArgument(Exception):
+    """Rebuilt by calling it with `args`, its text would be formatted twice."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no such thing as {name}")
+
+
+class NoArguments(Exception):
+    def __init__(self) -> None:
+        super().__init__("always the same")
+
+
+class DecodeErrorOfOurs(UnicodeDecodeError):
+    def __init__(self, position: int) -> None:
+        super().__init__("utf-8", b"\xff" * 10, position, position + 1, "ours")
+
+
+class HoldsALock(Exception):
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+class BrokenStr(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class ExitsOnPickling(Exception):
+    def __reduce__(self) -> Any:
+        raise SystemExit(3)
+
+
+def raise_local_class() -> NoReturn:
+    class Local(Exception):
+        pass
+
+    raise Local("of a local class")
+
+
+def raise_exception(kind: type[BaseException], *args: object, **kwargs: object) -> NoReturn:
+    raise kind(*args, **kwargs)
+
+
+def raise_group() -> NoReturn:
+    raise ExceptionGroup("several", [ValueError("one"), TwoArguments(2, "two")])
+
+
+def raise_from() -> NoReturn:
+    try:
+        raise KeyError("first")
+    except KeyError as error:
+        raise ValueError("second") from error
+
+
+def raise_with_note() -> NoReturn:
+    error = TwoArguments(1, "noted")
+    error.add_note("a note")
+    raise error
