@@ -9,7 +9,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: help demo test test-slow test-all-pythons test-lowest lint format type docs bench clean
+.PHONY: help demo test test-slow test-all-pythons test-lowest lint format type mypy verify-types docs bench clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-25s%s\n", $$1, $$2 }'
@@ -37,9 +37,13 @@ format: $(DEV)/.for-all  ## mend formatting, and what rules can mend by themselv
 	$(DEV)/bin/ruff check --fix .
 	$(DEV)/bin/ruff format .
 
-type: $(DEV)/.for-all  ## check the types, and that every public name has one
+type: mypy verify-types  ## check the types, and that every public name has one
+
+mypy: $(DEV)/.for-all
 	$(DEV)/bin/mypy
-	$(DEV)/bin/basedpyright --pythonpath $(DEV)/bin/python --verifytypes cpupool --ignoreexternal
+
+verify-types: $(DEV)/.for-all
+	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" basedpyright --verifytypes cpupool --ignoreexternal
 
 docs: $(DEV)/.for-all  ## build the documentation in docs/_build/html; any warning is an error
 	$(DEV)/bin/python -m sphinx -W -n --keep-going -b html docs docs/_build/html

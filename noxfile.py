@@ -28,7 +28,7 @@ def find_python(version: str) -> Path | None:
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     candidates = [Path(on_path)] if on_path else []
     candidates += sorted(pyenv.glob(f"versions/{version}*/bin/{name}"), reverse=True)
-    program = "import ensurepip, sys, venv; print(sys.implementation.name, '%d.%d' % sys.version_info[:2], sys.executable)"
+    program = "import ensurepip, sys; print(sys.implementation.name, '%d.%d' % sys.version_info[:2], sys.executable)"
     for candidate in candidates:
         answer = subprocess.run([candidate, "-c", program], capture_output=True, text=True, check=False)
         if answer.returncode == 0 and answer.stdout.startswith(f"cpython {version} "):

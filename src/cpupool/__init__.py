@@ -5,7 +5,8 @@ the bottom up; imports point only downward:
 
     0  _frames _payload _errors _waiting _settings _chunks _sizing
                            the wire, pickling, exceptions, waiting, settings, cutting, CPU and memory limits
-    1  _child _async_waits what runs in a worker; waiting in a task
+    1  _child _asyncio_waits _trio_waits
+                           what runs in a worker; waiting in a task
     2  _process _dispatch  one OS process; who gets which worker
     3  _worker             one worker seen from the pool
     4  _supervisor         the thread that starts, replaces, kills and reaps

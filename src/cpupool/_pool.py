@@ -12,11 +12,11 @@ takes no lock.
 from __future__ import annotations
 
 import atexit
+import functools
 import inspect
 import itertools
 import os
 import signal
-import threading
 import time
 import warnings
 import weakref
@@ -332,11 +332,11 @@ class _WorkerStarter:
         self._numbers = itertools.count(1)
 
     def __call__(self) -> WorkerProcess:
-        from ._process import WORKER_NAME_PREFIX, WorkerProcess, get_context
+        from ._process import WorkerProcess, get_context  # here, in the supervisor's thread: it takes milliseconds
 
         if self._context is None:
             self._context = get_context(self._settings.mp_context)
-        name = f"{WORKER_NAME_PREFIX}{next(self._numbers)}"
+        name = f"{_child.NAME_PREFIX}{next(self._numbers)}"
         return WorkerProcess(self._context, name, self._threads, self._settings.initializer, self._settings.initargs)
 
 
@@ -388,15 +388,21 @@ def _check_function(fn: object) -> None:
 
 
 def _async_waits() -> Waits:
-    global _the_async_waits  # noqa: PLW0603  # anyio is loaded by the first call that needs it
-    if _the_async_waits is None:
-        from ._async_waits import AsyncWaits
-
-        _the_async_waits = AsyncWaits()
-    return _the_async_waits
+    return _waits_on(running_loop())
 
 
-_the_async_waits: Waits | None = None
+@functools.cache
+def _waits_on(library: str | None) -> Waits:
+    """Load what waiting on an event loop needs: by the first call that does."""
+    if library == "asyncio":
+        from ._asyncio_waits import AsyncioWaits
+
+        return AsyncioWaits()
+    if library == "trio":
+        from ._trio_waits import TrioWaits
+
+        return TrioWaits()
+    raise RuntimeError("no event loop of asyncio or trio is running in this thread; use run_sync without one")
 
 
 def _refuse_in_event_loop(what: str, instead: str) -> None:
@@ -409,16 +415,14 @@ def _refuse_in_event_loop(what: str, instead: str) -> None:
 
 def _refuse_in_worker() -> None:
     """Raise where a pool must not start workers: in a worker, and in a new process that imports the main module."""
-    from ._process import is_importing_main, is_newborn_worker
-
     if _child.in_worker():
         raise RuntimeError(
             "a worker must not use a pool: its workers would compete with this one's for the same CPUs. "
             "Return what is to be done to the caller and let it call the pool, or use multiprocessing here."
         )
-    if is_newborn_worker():
+    if _child.is_newborn_worker():
         os._exit(_child.EXIT_UNGUARDED_MAIN)  # the supervisor tells the user, once
-    if is_importing_main():
+    if _child.is_importing_main():
         raise RuntimeError(f"a pool was used while a new process imports the main module. {GUARD_ADVICE}")
 
 

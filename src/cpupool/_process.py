@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -26,8 +25,6 @@ from . import _child
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.context import BaseContext
-
-WORKER_NAME_PREFIX = "cpupool-worker-"
 
 _MAX_STACK_BYTES = 64 * 1024
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
@@ -190,21 +187,12 @@ def _open_status_file() -> int:
     if hasattr(os, "memfd_create"):
         number = os.memfd_create("cpupool-status")
     else:
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             number = os.dup(file.fileno())
     os.truncate(number, _child.STATUS_PAGE_SIZE)
     return number
-
-
-def is_newborn_worker() -> bool:
-    """Return True in a process of ours that is still importing the user's main module."""
-    process = multiprocessing.current_process()
-    return is_importing_main() and process.name.startswith(WORKER_NAME_PREFIX)
-
-
-def is_importing_main() -> bool:
-    """Return True in any process that multiprocessing has started and that is still importing the main module."""
-    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def _forget_all() -> None:

@@ -1,8 +1,8 @@
 """How a call waits: in a task of any event loop, or in a plain thread.
 
-The way of a call is written once, as a coroutine that waits only through a `Waits`.  `AsyncWaits` (in `_async_waits`)
-suspends the task; `BlockingWaits` blocks the thread and never suspends, so that `run_to_end` gets such a coroutine's
-result by starting it.
+The way of a call is written once, as a coroutine that waits only through a `Waits`.  `AsyncioWaits` and `TrioWaits` (in
+modules of their own) suspend the task; `BlockingWaits` blocks the thread and never suspends, so that `run_to_end` gets
+such a coroutine's result by starting it.
 """
 
 from __future__ import annotations

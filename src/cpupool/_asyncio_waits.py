@@ -1,0 +1,60 @@
+"""How a call waits in a task on asyncio, whatever the event loop's implementation.
+
+Apart from `_waiting`, so that what never awaits, and above all a worker that imports the user's modules, does not load
+asyncio.  Other threads wake a task by its loop's own thread-safe call, which never blocks them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+from ._waiting import Ticket
+
+if TYPE_CHECKING:
+    import socket
+
+
+class AsyncioWaits:
+    """Waits by suspending the task; cancelling the task ends the wait."""
+
+    async def readable(self, channel: socket.socket) -> None:
+        # What anyio.wait_readable does, less its table of who else waits: only the owner of a channel ever does.  It is
+        # worth a seventh of the calls per second (benchmarks/round_trip.py), and spares the first call a large import.
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        fd = channel.fileno()
+        loop.add_reader(fd, _resolve, future)
+        try:
+            await future
+        finally:
+            loop.remove_reader(fd)
+
+    async def writable(self, channel: socket.socket) -> None:
+        from anyio import wait_writable
+
+        await wait_writable(channel)
+
+    def ticket(self) -> Ticket:
+        return Ticket(asyncio.get_running_loop().create_future(), _wake)
+
+    async def settled(self, ticket: Ticket) -> None:
+        await ticket.waiting
+
+
+def _wake(ticket: Ticket) -> bool:
+    future = ticket.waiting
+    if threading.get_ident() == ticket.thread:
+        _resolve(future)
+        return True
+    try:
+        future.get_loop().call_soon_threadsafe(_resolve, future)
+    except RuntimeError:  # the loop is closed
+        return False
+    return True
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():  # it may have been cancelled
+        future.set_result(None)
