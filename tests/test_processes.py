@@ -76,7 +76,7 @@ def test_c3_a_program_that_never_closes_its_pool_ends_by_itself(
     os.mkfifo(fifo)
     done = run_script(
         """
-import sys, threading, time, warnings
+import contextlib, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import cpupool, tasks
 
@@ -84,12 +84,16 @@ def begin(path):
     open(path, "w").close()
     tasks.spin_forever()
 
+def call(pool, path):
+    with contextlib.suppress(cpupool.PoolClosed):
+        pool.run_sync(begin, path)
+
 if __name__ == "__main__":
     method, busy, fifo = sys.argv[1:]
     pool = cpupool.CpuPool(2, mp_context=method)
     assert pool.run_sync(tasks.add, 1) == 1
     if busy == "True":
-        threading.Thread(target=pool.run_sync, args=(begin, fifo), daemon=True).start()
+        threading.Thread(target=call, args=(pool, fifo), daemon=True).start()
         open(fifo).close()
     print(time.monotonic())
 """,
@@ -321,7 +325,7 @@ def test_c9_under_uvicorn(form: list[str], tmp_path: Path) -> None:
         finally:
             server.send_signal(signal.SIGINT)
             out, err = server.communicate(timeout=20)
-    assert out == "imported\n", "a worker does not import the application that it does not need"
+    assert out.count("imported") == 1, "a worker does not import the application that it does not need"
     assert "Traceback" not in err
 
 

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.process
+import multiprocessing.spawn
 import os
 import signal
 import socket
@@ -160,8 +161,10 @@ class _NameWithEnvironment(str):
 
     A new process unpickles its name before anything else: before multiprocessing makes it import the user's main
     module, which is where NumPy is usually imported and its thread count decided, and where Ctrl-C would print a
-    traceback.  So that is set right here.  It is an expression over builtins, because the way to this package may not
-    yet be in the new process's `sys.path`.
+    traceback.  So that is set right here.  So is that a main module which has no file (a program read from standard
+    input) is not to be imported at all: to multiprocessing it then looks as if it had been.
+
+    It is an expression over builtins, because the way to this package may not yet be in the new process's `sys.path`.
     """
 
     __slots__ = ("threads",)
@@ -176,10 +179,22 @@ class _NameWithEnvironment(str):
         settle = (
             "(__import__('signal').signal(2, __import__('signal').SIG_IGN),"
             "[__import__('os').environ.setdefault(variable, threads) for variable in variables],"
+            "main is None or setattr(__import__('__main__'), '__file__', main),"
             "name)[-1]"
         )
-        values = {"name": str(self), "variables": _child.THREAD_LIMIT_VARIABLES, "threads": str(self.threads)}
+        values = {
+            "name": str(self),
+            "variables": _child.THREAD_LIMIT_VARIABLES,
+            "threads": str(self.threads),
+            "main": _main_path_without_file(),
+        }
         return eval, (settle, values)
+
+
+def _main_path_without_file() -> str | None:
+    """Return the path by which multiprocessing would import the main module, if there is no file."""
+    path: str | None = multiprocessing.spawn.get_preparation_data("").get("init_main_from_path")
+    return None if path is None or os.path.exists(path) else path
 
 
 def _open_status_file() -> int:
@@ -199,6 +214,19 @@ def _forget_all() -> None:
     _making_descriptors.release()
     for process in list(_live):
         process._forget()
+    _forget_fork_server()
+
+
+def _forget_fork_server() -> None:
+    """Let a forked child start a fork server of its own: multiprocessing would ask after its parent's as its own child."""
+    module = sys.modules.get("multiprocessing.forkserver")
+    if module is None:
+        return
+    server = module._forkserver
+    server._lock = threading.Lock()  # the parent's supervisor may have held it
+    if server._forkserver_pid is not None:
+        os.close(server._forkserver_alive_fd)  # or the parent's server would wait for this process's end too
+        server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
 
 
 if hasattr(os, "register_at_fork"):
