@@ -307,3 +307,31 @@ def raise_with_note() -> NoReturn:
     error = TwoArguments(1, "noted")
     error.add_note("a note")
     raise error
+
+
+def acquire_initialised_lock() -> bool:
+    lock: Any = initialised[0]
+    acquired: bool = lock.acquire(block=False)
+    return acquired
+
+
+def write_pid_and_sleep(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+def die_the_first_time(path: str) -> None:
+    append_line(path)
+    if len(Path(path).read_text().split()) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_a_thread_that_never_ends() -> int:
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    return os.getpid()
+
+
+def register_exit_handler(path: str) -> None:
+    import atexit
+
+    atexit.register(Path(path).write_text, "left")

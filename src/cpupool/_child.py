@@ -14,6 +14,7 @@ task it last picked up, so that the pool knows, whatever happened, whether a los
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import mmap
 import os
@@ -146,6 +147,8 @@ def main(setup: Setup | PickledSetup) -> None:
     global _is_worker  # noqa: PLW0603  # a fact about this process
     _is_worker = True
     channel = setup.channel
+    if isinstance(setup, Setup):
+        atexit._clear()  # forked: these are the parent's
     os.register_at_fork(after_in_child=channel.close)  # what a task forks must not keep a dead worker's channel open
     _reset_signals()
     os.setpgid(0, 0)  # Ctrl-C does not reach it, and a kill takes along what a task has started
@@ -170,6 +173,7 @@ def main(setup: Setup | PickledSetup) -> None:
         _serve(channel, page)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
+    atexit._run_exitfuncs()  # a forked process ends without them
     _flush_output(load_libc=True)
 
 

@@ -310,9 +310,14 @@ class CpuPool:
             self._supervisor.post(self._supervisor.stop, time.monotonic(), None)
 
     def _start_supervisor(self) -> None:
-        if not self._supervisor.is_running:
-            _refuse_in_worker()
-            self._supervisor.run()
+        if self._supervisor.is_running:
+            return
+        if self._dispatcher.closed:
+            raise PoolClosed(self.settings.name)
+        _refuse_in_worker()
+        self._supervisor.run()
+        if self._dispatcher.closed:
+            self._stop_soon()  # closed in the same moment, by one who saw nothing to stop
 
     def _after_fork_in_child(self) -> None:
         closed = self._dispatcher.closed
