@@ -44,7 +44,7 @@ def start_method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _helpers_of_others() -> None:
-    """Start what multiprocessing and libuv keep for the life of the program, so that no test seems to leave it behind."""
+    """Start what multiprocessing and libuv keep for the life of the program: no test is to blame for it."""
     uvloop.new_event_loop().close()
     forkserver.ensure_running()
     process = multiprocessing.get_context("forkserver").Process(target=int)
@@ -116,12 +116,21 @@ RunScript = Callable[..., subprocess.CompletedProcess[str]]
 def run_script(tmp_path: Path) -> RunScript:
     """Run Python source as a program of its own: `run_script(source, *arguments)`."""
 
-    def run(source: str, *arguments: str, timeout: float = 60, stdin: str | None = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        source: str, *arguments: str, timeout: float = 60, stdin: str | None = ""
+    ) -> subprocess.CompletedProcess[str]:
         path = tmp_path / "script.py"
         path.write_text(source)
         command = [sys.executable, "-W", "error", str(path), *arguments]
         return subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, env=environment(), check=False
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+            env=environment(),
+            check=False,
         )
 
     return run

@@ -104,7 +104,9 @@ def describe_signals() -> dict[str, Any]:
         "blocked": int(fields["SigBlk"], 16),
         "ignored": int(fields["SigIgn"], 16),
         "handlers": [
-            number.name for number in signal.valid_signals() if isinstance(number, signal.Signals) and callable(signal.getsignal(number))
+            number.name
+            for number in signal.valid_signals()
+            if isinstance(number, signal.Signals) and callable(signal.getsignal(number))
         ],
         "wakeup_fd": signal.set_wakeup_fd(-1),
         "group": os.getpgid(0),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import anyio
 import pytest
-import tasks
-from conftest import wait_until_gone
 
 import cpupool
+import tasks
+from conftest import wait_until_gone
 from cpupool import CpuPool
 
 pytestmark = pytest.mark.anyio

@@ -21,7 +21,9 @@ def _decode(decoder: FrameDecoder, pieces: list[bytes]) -> list[tuple[Kind, int,
 
 
 @given(st.lists(frames, max_size=5), st.data())
-def test_frames_arrive_whole_however_the_bytes_are_cut(wanted: list[tuple[Kind, int, bytes]], data: st.DataObject) -> None:
+def test_frames_arrive_whole_however_the_bytes_are_cut(
+    wanted: list[tuple[Kind, int, bytes]], data: st.DataObject
+) -> None:
     stream = b"".join(encode_frame(*frame) for frame in wanted)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]

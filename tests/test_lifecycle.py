@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-import tasks
-from conftest import RunScript, wait_until_gone
 
 import cpupool
+import tasks
+from conftest import RunScript, wait_until_gone
 from cpupool import CpuPool, InitializerFailed, PoolBroken, PoolClosed, WorkerDied
 
 pytestmark = pytest.mark.anyio
@@ -60,7 +60,7 @@ def test_settings_are_one_frozen_record() -> None:
 async def test_run_sync_in_an_event_loop_is_refused() -> None:
     pool = CpuPool(1)
     for call in (lambda: pool.run_sync(tasks.add, 1), pool.close, pool.__enter__):
-        with pytest.raises(RuntimeError, match="would block the (asyncio|trio) event loop that runs in this thread"):
+        with pytest.raises(RuntimeError, match=r"would block the (asyncio|trio) event loop that runs in this thread"):
             call()
     assert not pool._supervisor.is_running
 
@@ -113,7 +113,9 @@ def test_initargs_may_hold_what_only_travels_while_a_process_starts(start_method
 
 async def test_the_initializer_s_own_error_arrives(start_method: str) -> None:
     """Everybody who waits gets it, each an exception of its own, and no storm of processes follows."""
-    pool = CpuPool(2, mp_context=start_method, initializer=tasks.raise_exception, initargs=(tasks.TwoArguments, 1, "no model"))
+    pool = CpuPool(
+        2, mp_context=start_method, initializer=tasks.raise_exception, initargs=(tasks.TwoArguments, 1, "no model")
+    )
     errors: list[InitializerFailed] = []
 
     async def call() -> None:
@@ -142,7 +144,7 @@ async def test_initargs_that_cannot_be_rebuilt_are_an_error_of_the_initializer()
 
 
 async def test_an_initializer_that_cannot_be_pickled_is_reported() -> None:
-    pool = CpuPool(1, initializer=lambda: None)
+    pool = CpuPool(1, initializer=eval("lambda: None"))
     with pytest.raises(PoolBroken, match="no worker could be started") as caught:
         await pool.run(tasks.add, 1)
     assert caught.value.cause is caught.value.__cause__ is not None
@@ -150,11 +152,12 @@ async def test_an_initializer_that_cannot_be_pickled_is_reported() -> None:
 
 
 async def test_an_initializer_that_kills_its_worker_is_reported() -> None:
-    for initializer, initargs, how in [
+    cases: list[tuple[Callable[..., object], tuple[int, ...], str]] = [
         (tasks.exit_at_once, (3,), "exited with status 3"),
         (tasks.die_by_signal, (signal.SIGKILL,), "was killed by SIGKILL"),
         (tasks.segfault, (), "in segfault"),
-    ]:
+    ]
+    for initializer, initargs, how in cases:
         pool = CpuPool(1, initializer=initializer, initargs=initargs)
         with pytest.raises(PoolBroken) as caught:
             await pool.run(tasks.add, 1)
@@ -262,9 +265,10 @@ async def test_workers_leave_through_their_exit_handlers(tmp_path: Path, start_m
 def test_a_forgotten_pool_stops_its_workers_and_warns() -> None:
     pool = CpuPool(1, name="forgotten")
     pid = pool.run_sync(tasks.get_pid)
-    with pytest.warns(ResourceWarning, match="'forgotten'.*was never closed"):
-        del pool
-        gc.collect()
+    forgotten = [pool]
+    del pool
+    with pytest.warns(ResourceWarning, match=r"'forgotten'.*was never closed"):
+        forgotten.clear()
     wait_until_gone(pid)
 
 
@@ -363,4 +367,6 @@ def test_every_error_pickles_with_its_facts(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
-    assert {key: str(value) for key, value in vars(copy).items()} == {key: str(value) for key, value in vars(error).items()}
+    assert {key: str(value) for key, value in vars(copy).items()} == {
+        key: str(value) for key, value in vars(error).items()
+    }

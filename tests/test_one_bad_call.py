@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import subprocess
@@ -12,10 +13,10 @@ from typing import Any
 
 import anyio
 import pytest
-import tasks
-from conftest import RunScript, wait_until_gone
 
 import cpupool
+import tasks
+from conftest import RunScript, wait_until_gone
 from cpupool import CpuPool, RemoteError, ResultNotPicklable, TaskNotPicklable, WorkerDied
 
 pytestmark = pytest.mark.anyio
@@ -213,7 +214,7 @@ async def test_a5_an_argument_that_cannot_be_rebuilt_fails_only_its_call() -> No
     async with CpuPool(1) as pool:
         pid = await pool.run(tasks.get_pid)
         with pytest.raises(TaskNotPicklable, match="ValueError: refuses to be rebuilt") as caught:
-            await pool.run(tasks.add, tasks.RefusesToUnpickle(1_000_000))
+            await pool.run(tasks.add, tasks.RefusesToUnpickle(1_000_000))  # type: ignore[arg-type]
         assert "could not be rebuilt in the worker" in caught.value.advice
         assert [await pool.run(tasks.add, number) for number in range(20)] == list(range(20))
         assert await pool.run(tasks.get_pid) == pid
@@ -309,15 +310,14 @@ if __name__ == "__main__":
 
 async def test_a10_a_coroutine_function_is_refused_with_advice() -> None:
     pool = CpuPool(1)
-    import functools
-
-    for fn in (
+    functions: list[Any] = [
         tasks.coroutine_function,
         tasks.async_generator_function,
         functools.partial(tasks.coroutine_function, 1),
         tasks.AsyncCallable(),
         tasks.AsyncCallable().__call__,
-    ):
+    ]
+    for fn in functions:
         with pytest.raises(TypeError, match="'async def' function"):
             await pool.run(fn)
     with pytest.raises(TypeError, match="not the coroutine coroutine_function"):

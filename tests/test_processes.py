@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+
 from conftest import START_METHODS, RunScript, environment, is_gone, wait_until_gone
 
 GUARD = "if __name__ == '__main__':"
@@ -147,7 +147,7 @@ if __name__ == "__main__":
 
 
 def test_c7_a_worker_dies_with_its_parent_though_a_forked_child_lives_on(tmp_path: Path) -> None:
-    """The child has copies of the pool's descriptors; were they not closed, the worker would never see its parent end."""
+    """The child has copies of the pool's descriptors; were they not closed, the worker would never see the end."""
     script = tmp_path / "script.py"
     script.write_text("""
 import os, time, warnings
@@ -163,7 +163,9 @@ if __name__ == "__main__":
     print(worker, child, flush=True)
     time.sleep(3600)
 """)
-    with subprocess.Popen([sys.executable, str(script)], env=environment(), stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         worker, child = map(int, parent.stdout.readline().split())
         try:
@@ -204,8 +206,23 @@ if __name__ == "__main__":
 # --- C9: the main module ---
 
 UNGUARDED = {
-    "async with": "async def main():\n    async with cpupool.CpuPool(2) as pool:\n        await pool.run(abs, -1)\nasyncio.run(main())",
-    "run": "async def main():\n    await cpupool.run(abs, -1)\nasyncio.run(main())",
+    "async with": """
+import asyncio
+
+async def main():
+    async with cpupool.CpuPool(2, mp_context=sys.argv[1]) as pool:
+        await pool.run(abs, -1)
+
+asyncio.run(main())
+""",
+    "run": """
+import asyncio
+
+async def main():
+    await cpupool.run(abs, -1)
+
+asyncio.run(main())
+""",
     "run_sync": "cpupool.run_sync(abs, -1)",
 }
 
@@ -213,8 +230,12 @@ UNGUARDED = {
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 @pytest.mark.parametrize("form", UNGUARDED)
 def test_c9_a_missing_guard_is_one_clear_error(form: str, method: str, run_script: RunScript) -> None:
-    source = "import asyncio, sys, cpupool\nprint('main runs', file=sys.stderr)\ncpupool.configure_default(mp_context=sys.argv[1])\n"
-    done = run_script(source + UNGUARDED[form].replace("CpuPool(2", "CpuPool(2, mp_context=sys.argv[1]"), method, timeout=20)
+    head = """
+import sys, cpupool
+print('main runs', file=sys.stderr)
+cpupool.configure_default(mp_context=sys.argv[1])
+"""
+    done = run_script(head + UNGUARDED[form], method, timeout=20)
     assert done.returncode == 1
     assert done.stderr.count(GUARD) == 1
     assert done.stderr.count("Traceback") == 1, done.stderr
@@ -266,7 +287,14 @@ def test_c9_guarded_programs_run_main_once(form: str, method: str, tmp_path: Pat
         "stdin": (["-"], GUARDED),
     }[form]
     done = subprocess.run(
-        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=30, check=False
+        [sys.executable, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=30,
+        check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("main 21\n", "", 0)
 
@@ -276,7 +304,13 @@ def test_c9_a_function_without_a_module_is_refused_with_advice(form: str, run_sc
     source = GUARDED.replace("abs, -21", "double, 21")
     arguments = ["-c", source] if form == "-c" else ["-"]
     done = subprocess.run(
-        [sys.executable, *arguments], input=source, capture_output=True, text=True, env=environment(), timeout=30, check=False
+        [sys.executable, *arguments],
+        input=source,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 1
     assert "TaskNotPicklable: __main__.double cannot be sent to a worker" in done.stderr
@@ -313,7 +347,9 @@ def test_c9_under_uvicorn(form: list[str], tmp_path: Path) -> None:
         port = free.getsockname()[1]
     program = [sys.executable, *form] if form[0] == "-m" else [str(Path(sys.executable).parent / "uvicorn")]
     command = [*program, "application:app", "--port", str(port), "--app-dir", str(tmp_path)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stderr is not None
             lines = []

@@ -48,12 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("paths", nargs="+", metavar="PATH", help="a file, or a folder to search through")
     command.add_argument("--top", type=_positive, default=None, metavar="N", help="print only the N most frequent")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    command.add_argument("--workers", type=_positive, default=None, metavar="N", help="worker processes (default: all CPUs)")
+    command.add_argument(
+        "--workers", type=_positive, default=None, metavar="N", help="worker processes (default: all CPUs)"
+    )
     command.add_argument("--no-progress", action="store_true", help="show no progress bar")
     command.set_defaults(command=_domains)
 
     command = commands.add_parser(
-        "doctor", help="print what a pool would use here, and why", description="Print what a pool would use here, and why."
+        "doctor",
+        help="print what a pool would use here, and why",
+        description="Print what a pool would use here, and why.",
     )
     command.set_defaults(command=_doctor_command)
     return parser

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def split_text(text: str, max_chars: int, is_boundary: Callable[[str], bool] = str.isspace) -> Iterator[str]:
     """Split a text into pieces of at most `max_chars` characters, cutting only right behind a boundary.
 
-    Nothing is lost: the pieces joined are the text.  Where no boundary lies within `max_chars`, a piece is longer, up to
-    the next one: what stands between two boundaries is never cut.
+    Nothing is lost: the pieces joined are the text.  Where no boundary lies within `max_chars`, a piece is longer, up
+    to the next one: what stands between two boundaries is never cut.
 
     Args:
         text: what to split.

@@ -63,8 +63,7 @@ class PoolBroken(CpuPoolError):
         super().__init__(reason, cause)
         self.reason = reason
         self.cause = cause
-        if cause is not None:
-            self.__cause__ = cause
+        self.__cause__: BaseException | None = cause
 
     def __str__(self) -> str:
         return self.reason
@@ -323,7 +322,9 @@ class _ExceptionPickler(pickle.Pickler):
         kind = type(value)
         if not isinstance(value, BaseException) or kind.__reduce__ is not BaseException.__reduce__:
             return NotImplemented
-        native = next(base for base in kind.__mro__ if "__init__" in vars(base) and not _is_python(base.__init__))
+        native = next(
+            base for base in kind.__mro__ if "__init__" in vars(base) and not _is_python(vars(base)["__init__"])
+        )
         return _rebuild_exception, (kind, native, value.args, value.__dict__)
 
 

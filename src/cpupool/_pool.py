@@ -1,8 +1,8 @@
 """The pool: takes a call, lends it a worker, gives back what the worker answers.
 
-The way of a call, from `run` or `run_sync` down: `_Call` checks and pickles it; `_complete` repeats `_attempt` until one
-has an outcome; an attempt borrows a worker (`_borrow`), exchanges frames with it in the caller's own task or thread
-(`Worker.exchange`) and gives it back; `_Call.outcome` rebuilds the value or raises the error.
+The way of a call, from `run` or `run_sync` down: `_Call` checks and pickles it; `_complete` repeats `_attempt` until
+one has an outcome; an attempt borrows a worker from the dispatcher, exchanges frames with it in the caller's own task
+or thread (`Worker.exchange`) and gives it back; `_Call.outcome` rebuilds the value or raises the error.
 
 Rules: whoever holds a worker either gives it back whole, or hands it to the supervisor.  Giving up a call for whatever
 reason (cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `_attempt`, and
@@ -85,7 +85,7 @@ class CpuPool:
         retries: int = 0,
         name: str = "CpuPool",
     ) -> None:
-        self.settings = Settings(
+        self.settings: Settings = Settings(
             max_workers=max_workers,
             mp_context=mp_context,
             initializer=initializer,
@@ -113,7 +113,7 @@ class CpuPool:
 
     @property
     def max_workers(self) -> int:
-        """How many workers it has at most: the setting, or what `usable_cpus()` said when the pool was made."""
+        """The largest number of workers: as set, or what `usable_cpus()` said when the pool was made."""
         return self._dispatcher.max_workers
 
     @property
@@ -212,7 +212,9 @@ class CpuPool:
         """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
         if worker is not None:
             self._supervisor.post(self._supervisor.bury, worker, None)
-        elif ticket is not None and not ticket.withdraw() and ticket.value is not None:  # lent in the same moment, and untouched
+        elif (
+            ticket is not None and not ticket.withdraw() and ticket.value is not None
+        ):  # lent in the same moment, and untouched
             self._supervisor.post(self._dispatcher.give_back, ticket.value)
 
     # --- start and end ---
@@ -300,7 +302,9 @@ class CpuPool:
     def __del__(self) -> None:
         supervisor: Supervisor | None = getattr(self, "_supervisor", None)
         if supervisor is not None and supervisor.is_running and not self._dispatcher.closed:
-            warnings.warn(f"{self!r} was never closed; use it in a 'with' block", ResourceWarning, source=self)
+            warnings.warn(
+                f"{self!r} was never closed; use it in a 'with' block", ResourceWarning, stacklevel=2, source=self
+            )
             self._stop_soon()
 
     def _stop_soon(self) -> None:
@@ -312,7 +316,7 @@ class CpuPool:
     def _start_supervisor(self) -> None:
         if self._supervisor.is_running:
             return
-        if self._dispatcher.closed:
+        if self.is_closed:
             raise PoolClosed(self.settings.name)
         _refuse_in_worker()
         self._supervisor.run()
@@ -385,10 +389,10 @@ def _check_function(fn: object) -> None:
     if not callable(fn):
         raise TypeError(f"pool.run() takes a function and its arguments, not {fn!r}; write pool.run(fn, 1), not fn(1)")
     call = type(fn).__call__ if not inspect.isroutine(fn) else fn
-    if any(check(each) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction) for each in (fn, call)):
+    if any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in (fn, call)):
         raise TypeError(
-            f"{describe_callable(fn)} is an 'async def' function; a worker has no event loop and runs plain functions. Await it here, "
-            "or move its CPU-bound part to a function made with 'def' and run that."
+            f"{describe_callable(fn)} is an 'async def' function; a worker has no event loop and runs plain functions. "
+            "Await it here, or move its CPU-bound part to a function made with 'def' and run that."
         )
 
 

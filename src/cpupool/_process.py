@@ -127,7 +127,9 @@ class WorkerProcess:
     def crash_stack(self) -> str | None:
         """Return the Python stack that `faulthandler` wrote when the process crashed, or None."""
         text = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE).decode("utf-8", "replace")
-        lines = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
+        lines = itertools.takewhile(
+            lambda line: _child.__file__ not in line, text.splitlines()
+        )  # the task's own frames
         return "\n".join(lines) or None
 
     def kill(self) -> None:
@@ -218,7 +220,7 @@ def _forget_all() -> None:
 
 
 def _forget_fork_server() -> None:
-    """Let a forked child start a fork server of its own: multiprocessing would ask after its parent's as its own child."""
+    """Let a forked child have a fork server of its own: multiprocessing would take its parent's for its own child."""
     module = sys.modules.get("multiprocessing.forkserver")
     if module is None:
         return

@@ -70,5 +70,6 @@ def _check_context(context: object) -> None:
             raise ValueError(f"mp_context must be one of {', '.join(methods)} on this system, not {context!r}")
     elif not hasattr(context, "Process") or not hasattr(context, "get_start_method"):
         raise TypeError(
-            f"mp_context must be the name of a start method or what multiprocessing.get_context() returns, not {context!r}"
+            "mp_context must be the name of a start method or what multiprocessing.get_context() returns, "
+            f"not {context!r}"
         )

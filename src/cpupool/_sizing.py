@@ -1,8 +1,8 @@
 """How much of this machine is ours: CPUs and memory, as affinity and cgroups limit them.
 
-The limits of a cgroup hold together with those of all its parents.  `/proc/self/cgroup` names the process's own group in
-each hierarchy; in a container the mount often shows only that group, as the root, so the path is followed as far as it
-exists.  Formats: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/index.html beside it.
+The limits of a cgroup hold together with those of all its parents.  `/proc/self/cgroup` names the process's own group
+in each hierarchy; in a container the mount often shows only that group, as the root, so the path is followed as far as
+it exists.  Formats: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/index.html beside it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _configured_workers() -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"the environment variable CPUPOOL_MAX_WORKERS must be a whole number of at least 1, not {text!r}")
+        raise ValueError(
+            f"the environment variable CPUPOOL_MAX_WORKERS must be a whole number of at least 1, not {text!r}"
+        )
     return int(text)
 
 

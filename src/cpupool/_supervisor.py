@@ -15,7 +15,6 @@ settled with its `Death`.  Whichever comes first, hand-over or death, the worker
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
 import threading
@@ -168,11 +167,11 @@ class Supervisor:
         for worker in list(self._workers):
             if worker.deadline is not None and worker.deadline <= now:
                 if worker.state is State.STARTING:
-                    seconds = self._settings.start_timeout
-                    self._report_failed_start(
-                        worker, lambda: PoolBroken(f"a worker was not ready {seconds:g} s after its start (start_timeout)")
-                    )
+                    self._report_failed_start(worker, self._make_start_timeout_error)
                 self._kill(worker)
+
+    def _make_start_timeout_error(self) -> PoolBroken:
+        return PoolBroken(f"a worker was not ready {self._settings.start_timeout:g} s after its start (start_timeout)")
 
     def _kill(self, worker: Worker) -> None:
         worker.deadline = None

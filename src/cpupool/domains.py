@@ -1,9 +1,10 @@
-"""The reference workload: find domain names in text, exactly and in linear time.
+r"""The reference workload: find domain names in text, exactly and in linear time.
 
-A domain here is what the well-known pattern ``([a-zA-Z0-9\\-_]+\\.){1,}[a-zA-Z0-9\\-_]+`` matches: labels of ASCII
-letters, digits, hyphens and underscores, joined by single dots, at least two of them.  That pattern itself is quadratic:
-on letters without a dot it starts anew at every letter.  `find_domains` starts only where a label begins, and never gives
-back what a label has taken (possessive quantifiers, Python 3.11), so it reads each character a fixed number of times.
+A domain here is what the well-known pattern ``([a-zA-Z0-9\-_]+\.){1,}[a-zA-Z0-9\-_]+`` matches: labels of ASCII
+letters, digits, hyphens and underscores, joined by single dots, at least two of them.  That pattern itself is
+quadratic: on letters without a dot it starts anew at every letter.  `find_domains` starts only where a label begins,
+and never gives back what a label has taken (possessive quantifiers, Python 3.11), so it reads each character a fixed
+number of times.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Extraction:
 def find_files(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
     """Yield the path and size in bytes of each regular file below `paths`, in a fixed order.
 
-    Symbolic links inside folders are not followed, and what is neither file nor folder is passed over there; a path that
-    is given is taken at its word.  What cannot be read is added to `unreadable`.
+    Symbolic links inside folders are not followed, and what is neither file nor folder is passed over there; a path
+    that is given is taken at its word.  What cannot be read is added to `unreadable`.
     """
     for path in paths:
         try:

@@ -1,0 +1,156 @@
+"""The command line, as programs of their own; the progress bar on a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from conftest import environment
+from cpupool import usable_cpus
+
+TEXT = "see www.example.com and example.org, example.org again; not this one.\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    folder = tmp_path / "tree"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "one.txt").write_text(TEXT * 1000)
+    (folder / "inner" / "two.txt").write_bytes(b"\xff\xfe bytes.example \xc3 that are not UTF-8\n")
+    (folder / "empty").touch()
+    return folder
+
+
+def cpupool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "cpupool", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+
+
+def test_domains_counts_in_files_and_folders(tree: Path) -> None:
+    done = cpupool("domains", tree)
+    assert (done.returncode, done.stderr) == (0, "")
+    *table, summary = done.stdout.splitlines()
+    assert [line.split() for line in table] == [
+        ["2,000", "example.org"],
+        ["1,000", "www.example.com"],
+        ["1", "bytes.example"],
+    ]
+    assert summary.startswith("3,001 domains, 3 different, in 3 files, 70,038 bytes, ")
+
+
+def test_top_limits_what_is_printed_and_not_what_is_counted(tree: Path) -> None:
+    done = cpupool("domains", tree, "--top", "1")
+    table = done.stdout.splitlines()
+    assert table[0].split() == ["2,000", "example.org"]
+    assert table[1].startswith("3,001 domains, 3 different")
+    assert len(table) == 2
+
+
+def test_json_is_one_object(tree: Path) -> None:
+    done = cpupool("domains", "--json", "--workers", "1", tree / "one.txt", tree / "inner")
+    found = json.loads(done.stdout)
+    assert found["domains"] == {"example.org": 2000, "www.example.com": 1000, "bytes.example": 1}
+    assert (found["total"], found["different"], found["files"], found["unreadable"]) == (3001, 3, 2, {})
+    assert found["bytes"] == 70_038
+
+
+def test_one_worker_and_many_find_the_same(tree: Path) -> None:
+    big = tree / "big.txt"
+    big.write_text(TEXT * 60_000)  # several ranges
+    one, many = (cpupool("domains", "--json", "--workers", workers, tree) for workers in ("1", "3"))
+    assert json.loads(one.stdout)["domains"] == json.loads(many.stdout)["domains"]
+    assert json.loads(one.stdout)["domains"]["example.org"] == 122_000
+
+
+def test_what_cannot_be_read_is_reported_and_skipped(tree: Path) -> None:
+    missing = tree / "missing"
+    done = cpupool("domains", missing, tree)
+    assert done.returncode == 1
+    assert done.stderr == f"cpupool: {missing}: No such file or directory\n"
+    assert "3,001 domains" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["domains"], "the following arguments are required: PATH"),
+        (["domains", ".", "--workers", "0"], "argument --workers: must be a whole number of at least 1, not '0'"),
+        (["domains", ".", "--top", "few"], "argument --top: must be a whole number of at least 1, not 'few'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(arguments: list[str], message: str) -> None:
+    done = cpupool(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def _on_a_terminal(arguments: Sequence[str | Path]) -> tuple[str, str]:
+    """Run the command with standard error on a terminal; return standard output and what the terminal got."""
+    command = [sys.executable, "-m", "cpupool", *map(str, arguments)]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment(TERM="xterm")
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := os.read(ours, 65536):
+                shown += data
+        except OSError:
+            pass  # a terminal's way to say that the other side has closed it
+        os.close(ours)
+        assert process.stdout is not None
+        return process.stdout.read(), shown.decode()
+
+
+def test_a_terminal_gets_a_progress_bar_and_the_output_stays_clean(tree: Path) -> None:
+    out, shown = _on_a_terminal(["domains", tree, "--top", "1"])
+    assert "searching" in shown
+    assert "70.0/70.0 kB" in shown
+    assert "example.org" in out
+    assert "searching" not in out
+
+
+def test_no_progress_shows_none(tree: Path) -> None:
+    out, shown = _on_a_terminal(["domains", tree, "--no-progress"])
+    assert shown == ""
+    assert "example.org" in out
+
+
+def test_a_reader_that_has_enough_is_no_error(tree: Path) -> None:
+    (tree / "many.txt").write_text("\n".join(f"host{number}.example" for number in range(20_000)))
+    command = f"{sys.executable} -m cpupool domains --no-progress {tree} | head -1"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=environment(), timeout=60, check=False
+    )
+    assert (done.stdout.split(), done.stderr) == (["2,000", "example.org"], "")
+
+
+def test_doctor_says_what_and_why() -> None:
+    done = cpupool("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(
+        line.split(None, 1)
+        for line in done.stdout.splitlines()
+        if not line.startswith(("start ", "end ", "crash ", "cgroup "))
+    )
+    assert facts["workers"].startswith(f"{usable_cpus()} by default: ")
+    assert facts["CPUs"] == str(os.cpu_count())
+    for subject in ("affinity", "cgroup quota", "memory", "start method     forkserver by default", "Python", "anyio"):
+        assert subject in done.stdout
+
+
+def test_doctor_names_the_reason_for_a_limit() -> None:
+    command = [sys.executable, "-m", "cpupool", "doctor"]
+    environ = environment(CPUPOOL_MAX_WORKERS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
+    assert "1 by default: CPUPOOL_MAX_WORKERS says so" in done.stdout

@@ -1,0 +1,49 @@
+"""Every Python block of the documentation, and every example, runs as a script of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import RunScript, environment
+
+PROJECT = Path(__file__).parent.parent
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _blocks() -> list[object]:
+    return [
+        pytest.param(match.group(1), id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+        for page in PAGES
+        for match in _BLOCK.finditer(page.read_text())
+    ]
+
+
+@pytest.mark.parametrize("block", _blocks())
+def test_a_block_of_the_documentation_runs(block: str, run_script: RunScript) -> None:
+    done = run_script(block)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("example", sorted((PROJECT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_runs(example: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(example)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_readme_s_two_commands_exist() -> None:
+    makefile = (PROJECT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (PROJECT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
