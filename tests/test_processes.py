@@ -469,54 +469,52 @@ if __name__ == "__main__":
 # --- C15: starting workers does not stall the loop ---
 
 TICKER = """
-import asyncio, sys, time, warnings
-warnings.simplefilter("ignore", DeprecationWarning)
+import asyncio, statistics, sys, time
 import cpupool
 
-async def worst_gap(start):
-    gaps, stop = [], asyncio.Event()
+async def main(method, where):
+    gaps = []
+    pool = cpupool.CpuPool(1, mp_context=method)
 
     async def tick():
         last = time.perf_counter()
-        while not stop.is_set():
+        while True:
             await asyncio.sleep(0.0002)
             now = time.perf_counter()
             gaps.append(now - last)
             last = now
 
     ticker = asyncio.create_task(tick())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.02)
+    usual = statistics.median(gaps)
     gaps.clear()
-    await start()
-    stop.set()
-    await ticker
-    return max(gaps)
-
-async def main(method):
-    gaps, controls = [], []
-    for _ in range(30):
-        pool = cpupool.CpuPool(1, mp_context=method)
-        gaps.append(await worst_gap(pool.warm_up))
-        await pool.aclose()
-        other = cpupool.CpuPool(1, mp_context=method)
-
-        async def start_on_the_loop():
-            process = other._supervisor._start()
-            process.kill()
-            while process.poll() is None:
-                await asyncio.sleep(0.001)
-            process.close()
-
-        controls.append(await worst_gap(start_on_the_loop))
-    print(sorted(gaps)[len(gaps) // 4], min(controls))
+    if where == "on the loop":  # the control: what the supervisor's thread does, done here
+        process = pool._supervisor._start()
+        process.kill()
+    else:
+        await pool.run(abs, -1)
+    await asyncio.sleep(0.02)
+    print(max(gaps) - usual)
+    ticker.cancel()
+    if where == "on the loop":
+        while process.poll() is None:
+            time.sleep(0.001)
+        process.close()
+    await pool.aclose()
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))
 """
 
 
+def _stall(run_script: RunScript, method: str, where: str) -> float:
+    done = run_script(TICKER, method, where)
+    assert (done.returncode, done.stderr) == (0, "")
+    return float(done.stdout)
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_c15_starting_a_worker_does_not_stall_the_loop(method: str, run_script: RunScript) -> None:
-    done = run_script(TICKER, method)
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
+def test_c15_the_first_call_does_not_stall_the_loop(method: str, run_script: RunScript) -> None:
+    """Other programs stall a loop for longer, so it is tried again; the control is caught every time."""
+    assert any(_stall(run_script, method, "in the thread") < 0.002 for _ in range(30))
+    assert all(_stall(run_script, method, "on the loop") > 0.002 for _ in range(3))
