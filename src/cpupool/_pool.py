@@ -113,7 +113,7 @@ class CpuPool:
 
     @property
     def max_workers(self) -> int:
-        """The largest number of workers: as set, or what `usable_cpus()` said when the pool was made."""
+        """The largest number of workers, as set or as `usable_cpus()` said when the pool was made."""
         return self._dispatcher.max_workers
 
     @property
