@@ -94,17 +94,33 @@ async def test_a1_a_task_that_closes_its_connection_is_a_death_too() -> None:
         assert await pool.run(tasks.add, 1) == 1
 
 
-async def test_a1_a_death_is_noticed_though_a_grandchild_holds_the_connection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_c", [False, True], ids=["os.fork", "fork in C"])
+async def test_a1_a_death_is_noticed_though_a_grandchild_holds_the_connection(in_c: bool, tmp_path: Path) -> None:
     """A forked grandchild has copies of all descriptors, so no end of file would ever come; and it is killed too."""
     async with CpuPool(1) as pool:
         with pytest.raises(WorkerDied):
-            await pool.run(tasks.fork_and_die, str(tmp_path / "pid"))
+            await pool.run(tasks.fork_and_die, str(tmp_path / "pid"), in_c)
         grandchild = int((tmp_path / "pid").read_text())
         wait_until_gone(grandchild)
 
 
 async def _pids(pool: CpuPool) -> list[int]:
     return [worker.process.pid for worker in pool._supervisor._workers]
+
+
+async def test_a2_what_an_idle_worker_had_started_is_killed_with_it() -> None:
+    async with CpuPool(1) as pool:
+        grandchild = await pool.run(tasks.fork_grandchild, False)
+        os.kill(await pool.run(tasks.get_pid), signal.SIGKILL)
+        wait_until_gone(grandchild)
+
+
+async def test_a3_a_connection_found_closed_sends_the_call_to_another() -> None:
+    async with CpuPool(1) as pool:
+        pid = await pool.run(tasks.get_pid)
+        os.kill(pid, signal.SIGSTOP)  # it can neither read nor exit
+        next(iter(pool._supervisor._workers)).hang_up()
+        assert await pool.run(tasks.get_pid) != pid
 
 
 @pytest.mark.parametrize("wait", [False, True], ids=["at once", "after their end"])

@@ -107,19 +107,27 @@ if __name__ == "__main__":
     assert ended - float(done.stdout) < 2
 
 
-def test_c3_what_workers_printed_and_registered_is_not_lost_at_the_end(run_script: RunScript) -> None:
-    done = run_script("""
-import atexit, cpupool
+@pytest.mark.parametrize("method", START_METHODS)
+def test_c3_what_workers_printed_and_registered_is_not_lost_at_the_end(method: str, run_script: RunScript) -> None:
+    done = run_script(
+        """
+import atexit, ctypes, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool
 
 def register():
     atexit.register(print, "atexit in the worker")
     print("no newline", end="")
 
 if __name__ == "__main__":
-    cpupool.configure_default(max_workers=1, mp_context="spawn")
+    atexit.register(print, "atexit in the program, once")
+    cpupool.configure_default(max_workers=1, mp_context=sys.argv[1])
     cpupool.run_sync(register)
-""")
-    assert (done.stdout, done.stderr) == ("no newlineatexit in the worker\n", "")
+""",
+        method,
+    )
+    assert done.stdout == "no newlineatexit in the worker\natexit in the program, once\n"
+    assert done.stderr == ""
 
 
 # --- C7: fork ---

@@ -25,8 +25,8 @@ _LABEL = r"[a-zA-Z0-9\-_]++"
 _DOMAIN = re.compile(rf"(?<![a-zA-Z0-9\-_]){_LABEL}(?:\.{_LABEL})++")
 _NOT_IN_A_DOMAIN = re.compile(r"[^a-zA-Z0-9\-_.]")
 
-# In bytes, a place to cut lies behind an ASCII character that no domain contains: never inside a UTF-8 sequence.
-_CUT = re.compile(rb"[\x00-\x7f](?<![a-zA-Z0-9\-_.])")
+# In bytes: a cut inside a UTF-8 sequence harms no domain, there is none in it.
+_CUT = re.compile(rb"[^a-zA-Z0-9\-_.]")
 _LOOK_AHEAD = 64 * 1024
 
 RANGE_BYTES = 1024 * 1024
