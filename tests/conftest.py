@@ -139,5 +139,7 @@ def run_script(tmp_path: Path) -> RunScript:
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment for a program of a test: this one, with the test helpers importable."""
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # buffers are tested too
+    environ = {
+        name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
+    }  # buffers are tested too
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), **changes}

@@ -340,3 +340,25 @@ def register_exit_handler(path: str) -> None:
     import atexit
 
     atexit.register(Path(path).write_text, "left")
+
+
+def require_file(path: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(path)
+
+
+class RaisesWhenRebuilt:
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> Any:
+        return raise_exception, (self.kind,)
+
+
+def return_what_raises_when_rebuilt(kind: type[BaseException]) -> RaisesWhenRebuilt:
+    return RaisesWhenRebuilt(kind)
+
+
+def die_soon() -> None:
+    """Be killed at a moment that may be just before, or just after, the answer is read."""
+    threading.Timer(0.0002, os.kill, (os.getpid(), signal.SIGKILL)).start()

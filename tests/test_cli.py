@@ -149,6 +149,50 @@ def test_doctor_says_what_and_why() -> None:
         assert subject in done.stdout
 
 
+def test_a_worker_that_dies_is_reported_like_an_unreadable_file(tree: Path) -> None:
+    """As the kernel kills one for want of memory: its files are named, the others counted."""
+    source = f"""
+import os, sys
+from cpupool import __main__, domains
+
+def die(task):
+    os._exit(9)
+
+if __name__ == "__main__":
+    domains.extract = die
+    sys.exit(__main__.main(["domains", {str(tree)!r}]))
+"""
+    script = tree.parent / "script.py"
+    script.write_text(source)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment(), timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("exited with status 9 while it ran __main__.die") == 3
+
+
+def test_a_path_that_is_no_text_is_reported(tree: Path) -> None:
+    command = [os.fsencode(sys.executable), b"-m", b"cpupool", b"domains", b"--json", os.fsencode(tree), b"nope\xff"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONIOENCODING="utf-8:strict"),
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, json.loads(done.stdout)["unreadable"]) == (1, {"nope\udcff": "No such file or directory"})
+
+
+def test_a_wrong_variable_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "cpupool", "doctor"]
+    environ = environment(CPUPOOL_MAX_WORKERS="many")
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cpupool: the environment variable CPUPOOL_MAX_WORKERS must be")
+
+
 def test_doctor_names_the_reason_for_a_limit() -> None:
     command = [sys.executable, "-m", "cpupool", "doctor"]
     environ = environment(CPUPOOL_MAX_WORKERS="1")

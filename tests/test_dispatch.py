@@ -65,15 +65,52 @@ def test_a_worker_offered_to_a_closed_event_loop_goes_to_the_next() -> None:
     dispatcher.enqueue(next_one)
     dispatcher.give_back(worker)
     assert next_one.value == worker
+    assert lost.value is None, "or its owner, collected later, would give back somebody else's worker"
+
+
+def test_a_failed_start_leaves_the_queue_to_the_workers_that_are_left() -> None:
+    dispatcher = ready_dispatcher(2)
+    first, second = dispatcher.borrow_idle(), dispatcher.borrow_idle()
+    assert first is not None
+    assert second is not None
+    waiting, warm_up = make_ticket(), make_ticket()
+    dispatcher.enqueue(waiting)
+    dispatcher.remove(first)
+    dispatcher.want_all(warm_up)
+    assert dispatcher.fail_start(lambda: RuntimeError("no process")) is True
+    assert isinstance(warm_up.error, RuntimeError)
+    assert waiting.is_open
+    assert dispatcher.give_back(second)
+    assert waiting.value == second
+
+
+def test_a_worker_that_died_before_it_came_back_is_left_to_its_owner() -> None:
+    dispatcher = ready_dispatcher(1)
+    worker = dispatcher.borrow_idle()
+    assert worker is not None
+    assert dispatcher.remove(worker) is True
+    assert dispatcher.give_back(worker) is False
+    assert dispatcher.counts() == (0, 0, 0, 0)
+
+
+def test_withdrawn_tickets_do_not_pile_up() -> None:
+    dispatcher = ready_dispatcher(1)
+    dispatcher.borrow_idle()
+    for _ in range(10_000):
+        ticket = make_ticket()
+        dispatcher.enqueue(ticket)
+        ticket.withdraw()
+    assert len(dispatcher._queue) <= 64
 
 
 def test_a_failed_start_fails_who_waits_and_is_not_repeated() -> None:
     dispatcher: Dispatcher[str] = Dispatcher(2, "test")
     tickets = [make_ticket(), make_ticket()]
     for ticket in tickets:
-        assert dispatcher.enqueue(ticket)
+        assert dispatcher.enqueue(ticket) is None
+    assert dispatcher.may_grow()
     assert dispatcher.shortfall() == 2
-    dispatcher.fail_queue(lambda: RuntimeError("no process"))
+    assert dispatcher.fail_start(lambda: RuntimeError("no process")) is False
     errors = [ticket.error for ticket in tickets]
     assert [str(error) for error in errors] == ["no process", "no process"]
     assert errors[0] is not errors[1]

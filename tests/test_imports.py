@@ -17,7 +17,7 @@ SOURCE = Path(cpupool.__file__).parent
 
 # The map in the package's docstring.  A module may import from lower layers, and from its own, but never upwards.
 LAYERS = [
-    {"_frames", "_payload", "_errors", "_waiting", "_settings", "_chunks", "_sizing"},
+    {"_frames", "_payload", "_errors", "_waiting", "_forking", "_settings", "_chunks", "_sizing"},
     {"_child", "_asyncio_waits", "_trio_waits"},
     {"_process", "_dispatch"},
     {"_worker"},

@@ -3,8 +3,8 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _waiting _settings _chunks _sizing
-                           the wire, pickling, exceptions, waiting, settings, cutting, CPU and memory limits
+    0  _frames _payload _errors _waiting _forking _settings _chunks _sizing
+                           the wire, pickling, exceptions, waiting, forks, settings, cutting, CPU and memory limits
     1  _child _asyncio_waits _trio_waits
                            what runs in a worker; waiting in a task
     2  _process _dispatch  one OS process; who gets which worker

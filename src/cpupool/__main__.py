@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from . import CpuPool, CpuPoolError, __version__, _doctor, domains
+from . import CpuPool, CpuPoolError, WorkerDied, __version__, _doctor, domains, usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,11 @@ EXIT_OK, EXIT_PARTIAL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
+    try:
+        usable_cpus()
+    except ValueError as error:  # a wrong variable in the environment
+        print(f"cpupool: {error}", file=sys.stderr)
+        return EXIT_USAGE
     try:
         status: int = options.command(options)
     except KeyboardInterrupt:
@@ -90,15 +95,24 @@ async def _extract_all(
 ) -> None:
     """Add the domains of all files to `found`; `advance` is told of the bytes done, as they are done."""
     tasks = domains.plan_ranges(files)
+    errors: list[CpuPoolError] = []
     async with CpuPool(workers) as pool, anyio.create_task_group() as group:
 
         async def lane() -> None:
             for task in tasks:
-                found.add(await pool.run(domains.extract, task))
+                try:
+                    found.add(await pool.run(domains.extract, task))
+                except WorkerDied as error:
+                    found.unreadable.update({each.path: str(error).splitlines()[0] for each in task})
+                except CpuPoolError as error:
+                    errors.append(error)
+                    group.cancel_scope.cancel()
                 advance(sum(each.stop - each.start for each in task))
 
         for _ in range(2 * pool.max_workers):  # one task waits for each worker, so that none is ever idle
             group.start_soon(lane)
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
@@ -144,7 +158,7 @@ def _print_json(extraction: domains.Extraction, files: int, seconds: float, top:
         "seconds": round(seconds, 3),
         "unreadable": extraction.unreadable,
     }
-    print(json.dumps(summary, indent=2, ensure_ascii=False))
+    print(json.dumps(summary, indent=2))
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

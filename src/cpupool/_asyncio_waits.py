@@ -7,13 +7,15 @@ asyncio.  Other threads wake a task by its loop's own thread-safe call, which ne
 from __future__ import annotations
 
 import asyncio
-import threading
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ._waiting import Ticket
 
 if TYPE_CHECKING:
     import socket
+    from contextlib import AbstractContextManager
 
 
 class AsyncioWaits:
@@ -32,9 +34,14 @@ class AsyncioWaits:
             loop.remove_reader(fd)
 
     async def writable(self, channel: socket.socket) -> None:
-        from anyio import wait_writable
-
-        await wait_writable(channel)
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        fd = channel.fileno()
+        loop.add_writer(fd, _resolve, future)
+        try:
+            await future
+        finally:
+            loop.remove_writer(fd)
 
     def ticket(self) -> Ticket:
         return Ticket(asyncio.get_running_loop().create_future(), _wake)
@@ -42,14 +49,19 @@ class AsyncioWaits:
     async def settled(self, ticket: Ticket) -> None:
         await ticket.waiting
 
+    def shielded(self) -> AbstractContextManager[object]:
+        anyio = sys.modules.get("anyio")  # without it there are no scopes
+        return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
+
 
 def _wake(ticket: Ticket) -> bool:
     future = ticket.waiting
-    if threading.get_ident() == ticket.thread:
+    loop = future.get_loop()
+    if loop is asyncio._get_running_loop():
         _resolve(future)
         return True
     try:
-        future.get_loop().call_soon_threadsafe(_resolve, future)
+        loop.call_soon_threadsafe(_resolve, future)
     except RuntimeError:  # the loop is closed
         return False
     return True

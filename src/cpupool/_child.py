@@ -289,10 +289,12 @@ def _die_with_parent(liveness: int) -> None:
     if not hasattr(fcntl, "F_SETSIG"):
         threading.Thread(target=_exit_at_end_of_file, args=(liveness,), name="cpupool-liveness", daemon=True).start()
         return
-    fcntl.fcntl(liveness, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(liveness, fcntl.F_SETOWN, -os.getpgrp())  # the group: what the task has started dies too
     fcntl.fcntl(liveness, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(liveness, fcntl.F_SETFL, fcntl.fcntl(liveness, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([liveness], [], [], 0)[0]:  # it died before this was set up
+    poll = select.poll()
+    poll.register(liveness)
+    if poll.poll(0):  # it died before this was set up
         os._exit(1)
 
 
@@ -316,8 +318,8 @@ def _flush_output(load_libc: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # no stream, or the task closed it, or nobody reads it: not the task's failure
+        except Exception:
+            pass  # no stream, or closed, or not read, or one of the task's own making: not the task's failure
     if _flush_libc is None and (load_libc or "ctypes" in sys.modules):
         try:
             import ctypes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from ._forking import at_fork
 from ._pool import CpuPool
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def run_sync(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     return default_pool().run_sync(fn, *args, **kwargs)
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

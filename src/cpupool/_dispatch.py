@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 W = TypeVar("W")
 
+_SWEEP_AT_LEAST = 64
+
 
 class Dispatcher(Generic[W]):
     """Lends workers to calls.
@@ -43,7 +45,8 @@ class Dispatcher(Generic[W]):
         self._starting: set[W] = set()
         self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
         self._lent: set[W] = set()
-        self._queue: deque[Ticket] = deque()
+        self._queue: deque[Ticket] = deque()  # withdrawn tickets stay in it until they are met, or swept out
+        self._sweep_at = _SWEEP_AT_LEAST
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
 
@@ -58,39 +61,51 @@ class Dispatcher(Generic[W]):
             self._lent.add(worker)
             return worker
 
-    def enqueue(self, ticket: Ticket) -> bool:
-        """Put a ticket at the end of the queue; it is settled with a worker, or with the reason why there is none.
+    def enqueue(self, ticket: Ticket) -> W | None:
+        """Lend an idle worker after all, or put the ticket at the end of the queue.
 
-        Returns:
-            True if it may be a reason to start a worker; `shortfall` says how many.
+        A queued ticket is settled with a worker, or with the reason why there is none.
 
         Raises:
             PoolClosed: the ticket is not taken.
         """
         with self._lock:
             self._check_open()
+            if self._idle:
+                worker = self._idle.pop()
+                self._lent.add(worker)
+                return worker
+            if len(self._queue) >= self._sweep_at:
+                self._queue = deque(each for each in self._queue if each.is_open)
+                self._sweep_at = max(2 * len(self._queue), _SWEEP_AT_LEAST)
             self._queue.append(ticket)
-            if not self._idle:
-                present = len(self._starting) + len(self._lent)
-                return present < self.max_workers and len(self._queue) > len(self._starting)
-            worker = self._idle.pop()
-            self._lent.add(worker)
-        self.give_back(worker)
-        return False
+            return None
 
-    def give_back(self, worker: W) -> None:
-        """Take a lent worker back and hand it to the first in the queue."""
+    def may_grow(self) -> bool:
+        """Return True if a waiting call may be a reason to start a worker; `shortfall` says how many."""
+        with self._lock:
+            return self._present() < self.max_workers and len(self._queue) > len(self._starting)
+
+    def give_back(self, worker: W) -> bool:
+        """Take a lent worker back and hand it to the first in the queue.
+
+        Returns:
+            False if it has died meanwhile and was removed: the caller still owns it, and hands it to the supervisor.
+        """
         while True:
             with self._lock:
                 if worker not in self._lent:
-                    return  # it has died meanwhile, and was removed
+                    return False
                 if not self._queue:
                     self._lent.discard(worker)
                     self._idle.append(worker)
-                    return
+                    return True
                 ticket = self._queue.popleft()
             if ticket.settle(worker):
-                return
+                return True
+
+    def _present(self) -> int:
+        return len(self._starting) + len(self._idle) + len(self._lent)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -101,19 +116,18 @@ class Dispatcher(Generic[W]):
     def shortfall(self) -> int:
         """Return how many workers should be started now."""
         with self._lock:
-            present = len(self._starting) + len(self._idle) + len(self._lent)
             needed = len(self._lent) + sum(ticket.is_open for ticket in self._queue)
             if self.closed:
                 target = needed  # accepted calls still run; nothing is kept for later
             else:
                 target = max(self._wanted, needed)
-            return max(min(target, self.max_workers) - present, 0)
+            return max(min(target, self.max_workers) - self._present(), 0)
 
     def add_starting(self, worker: W) -> None:
         """Note a worker that was started and is not ready yet."""
         with self._lock:
             self._starting.add(worker)
-            self._wanted = max(self._wanted, len(self._starting) + len(self._idle) + len(self._lent))
+            self._wanted = max(self._wanted, self._present())
 
     def add_ready(self, worker: W) -> None:
         """Note that a starting worker is ready, and lend it to the first in the queue."""
@@ -139,13 +153,29 @@ class Dispatcher(Generic[W]):
             idle, self._idle = self._idle, []
             return idle
 
-    def fail_queue(self, make_error: Callable[[], BaseException]) -> None:
-        """Settle every waiting ticket with an error of its own, and want no more workers than there are."""
+    def fail_start(self, make_error: Callable[[], BaseException]) -> bool:
+        """Note that a worker could not be started: tell everybody who now waits in vain, each with an error of its own.
+
+        Returns:
+            True if other workers are left: then the queue is served by them.
+        """
         with self._lock:
-            tickets = [*self._queue, *self._ready_tickets]
-            self._queue.clear()
-            self._ready_tickets.clear()
-            self._wanted = len(self._starting) + len(self._idle) + len(self._lent)
+            others = self._present() > 0
+            self._wanted = self._present()
+        self._fail(make_error, warm_up_only=others)
+        return others
+
+    def fail_queue(self, make_error: Callable[[], BaseException]) -> None:
+        """Settle every waiting ticket with an error of its own."""
+        self._fail(make_error, warm_up_only=False)
+
+    def _fail(self, make_error: Callable[[], BaseException], *, warm_up_only: bool) -> None:
+        with self._lock:
+            tickets = self._ready_tickets
+            self._ready_tickets = []
+            if not warm_up_only:
+                tickets += self._queue
+                self._queue.clear()
         for ticket in tickets:
             ticket.settle(error=make_error())
 

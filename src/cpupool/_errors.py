@@ -234,11 +234,11 @@ def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "
     type_name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     try:
         text = str(error)
-    except Exception:
+    except BaseException:
         text = "<its message could not be made>"
     try:
         trace = "".join(traceback.format_exception(error))
-    except Exception:
+    except BaseException:
         trace = "".join(traceback.format_tb(error.__traceback__)) + type_name + "\n"
     record = (stage, subject or type_name, text, trace, _dump_exception(error))
     return _payload.dumps(tuple(_sendable(item) for item in record))
@@ -277,7 +277,9 @@ def _load_exception(pickled: bytes | None) -> Exception | None:
         return None
     try:
         error = _payload.loads(pickled)
-    except Exception:
+    except KeyboardInterrupt:
+        raise  # the user's, not the exception's
+    except BaseException:
         return None
     return error if isinstance(error, Exception) else None
 
@@ -295,7 +297,7 @@ def _dump_exception(error: BaseException) -> bytes | None:
             pickled = dump(error)
             if _same(_payload.loads(pickled), error):
                 return pickled
-        except Exception:
+        except BaseException:  # its own code runs here, and may raise anything
             continue
     return None
 

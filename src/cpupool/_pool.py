@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from . import _child, _payload
 from ._dispatch import Dispatcher
 from ._errors import PoolClosed, ResultNotPicklable, WorkerDied, decode_error, describe_callable
+from ._forking import at_fork
 from ._frames import Frame, Kind
 from ._settings import Settings, check_seconds
 from ._sizing import usable_cpus
@@ -180,26 +181,31 @@ class CpuPool:
             if worker is None:
                 ticket = waits.ticket()
                 worker = await self._wait_for_worker(ticket, waits)
+                ticket = None
             try:
                 reply = await worker.exchange(task_id, body, waits)
             except WorkerGone:
                 lost, worker = worker, None
                 return await self._learn_death(lost, waits)
+            if not self._dispatcher.give_back(worker):
+                self._supervisor.post(self._supervisor.bury, worker, None)  # it has died since
         except BaseException:
             self._give_up(ticket, worker)
             raise
-        self._dispatcher.give_back(worker)
         if self._dispatcher.closed:
             self._supervisor.notify()  # it may be the last one that the pool waits for
         return reply
 
     async def _wait_for_worker(self, ticket: Ticket, waits: Waits) -> Worker:
-        self._start_supervisor()
-        if self._dispatcher.enqueue(ticket):
+        worker = self._dispatcher.enqueue(ticket)
+        if worker is not None:
+            return worker
+        self._start_supervisor()  # after queueing: a start that fails fails the queue
+        if self._dispatcher.may_grow():
             self._supervisor.notify()
         await waits.settled(ticket)
-        worker: Worker = ticket.result()
-        return worker
+        granted: Worker = ticket.result()
+        return granted
 
     async def _learn_death(self, worker: Worker, waits: Waits) -> Death:
         ticket = waits.ticket()
@@ -212,10 +218,10 @@ class CpuPool:
         """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
         if worker is not None:
             self._supervisor.post(self._supervisor.bury, worker, None)
-        elif (
-            ticket is not None and not ticket.withdraw() and ticket.value is not None
-        ):  # lent in the same moment, and untouched
-            self._supervisor.post(self._dispatcher.give_back, ticket.value)
+        elif ticket is not None and not ticket.withdraw() and ticket.value is not None:
+            self._supervisor.post(self._supervisor.take_back, ticket.value)  # lent in the same moment, and untouched
+        elif self._dispatcher.closed:
+            self._supervisor.notify()  # it may have been the last one that the pool waits for
 
     # --- start and end ---
 
@@ -231,9 +237,9 @@ class CpuPool:
         await self._warm_up(_async_waits())
 
     async def _warm_up(self, waits: Waits) -> None:
-        self._start_supervisor()
         ticket = waits.ticket()
         self._dispatcher.want_all(ticket)
+        self._start_supervisor()
         self._supervisor.notify()
         await waits.settled(ticket)
         ticket.result()
@@ -280,10 +286,9 @@ class CpuPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        import anyio
-
-        with anyio.CancelScope(shield=True):
-            await self.aclose()
+        waits = _async_waits()
+        with waits.shielded():
+            await self._close(None, waits)
 
     def __enter__(self) -> Self:
         _refuse_in_event_loop("with pool", "async with pool")
@@ -303,7 +308,10 @@ class CpuPool:
         supervisor: Supervisor | None = getattr(self, "_supervisor", None)
         if supervisor is not None and supervisor.is_running and not self._dispatcher.closed:
             warnings.warn(
-                f"{self!r} was never closed; use it in a 'with' block", ResourceWarning, stacklevel=2, source=self
+                f"{self.settings.name!r} was never closed; use it in a 'with' block",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
             )
             self._stop_soon()
 
@@ -316,8 +324,6 @@ class CpuPool:
     def _start_supervisor(self) -> None:
         if self._supervisor.is_running:
             return
-        if self.is_closed:
-            raise PoolClosed(self.settings.name)
         _refuse_in_worker()
         self._supervisor.run()
         if self._dispatcher.closed:
@@ -367,7 +373,9 @@ class _Call:
             raise decode_error(reply.body, describe_callable(self._fn))
         try:
             return _payload.loads(reply.body)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise  # the user's, not the result's
+        except BaseException as error:
             reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
             result_type = _payload.first_type(reply.body) or "a value"
             raise ResultNotPicklable(describe_callable(self._fn), result_type, reason) from error
@@ -451,5 +459,5 @@ def _after_fork_in_child() -> None:
         pool._after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_close_at_exit)

@@ -17,11 +17,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
 from . import _child
+from ._forking import at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 _MAX_STACK_BYTES = 64 * 1024
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
-_making_descriptors = threading.Lock()
-
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
@@ -71,22 +69,16 @@ class WorkerProcess:
             OSError: no process or descriptor is to be had.
             Exception: whatever pickling the initializer raises.
         """
+        self._pidfd: int | None = None
+        self._is_forgotten = False
+        self._descriptors = contextlib.ExitStack()
         with contextlib.ExitStack() as theirs:
-            with _making_descriptors:  # no fork in between, see `_forget_all`
-                self.channel, channel = socket.socketpair()
-                theirs.callback(channel.close)
-                liveness, self._liveness = os.pipe()
-                theirs.callback(os.close, liveness)
-                self._status = _open_status_file()
-                status = os.dup(self._status)
-                theirs.callback(os.close, status)
-                _live.add(self)
-            self.channel.setblocking(False)
-            setup = _child.Setup(channel, liveness, status, threads, initializer, initargs)
-            process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
-            self._process = process_type(target=_child.main, args=(setup,), daemon=False)
-            self._process.name = _NameWithEnvironment(name, threads)
             try:
+                setup = _child.Setup(*self._open_descriptors(theirs), threads, initializer, initargs)
+                process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
+                self._process = process_type(target=_child.main, args=(setup,), daemon=False)
+                self._process.name = _NameWithEnvironment(name, threads)
+                _live.add(self)
                 self._process.start()
             except BaseException:
                 self.close()
@@ -94,10 +86,24 @@ class WorkerProcess:
         self.pid: int = self._process.pid
         # multiprocessing would join our workers at exit, and wait for them in passing; they are ours alone to reap.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
-        self._pidfd: int | None = None
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):  # gone already, or a kernel without it
                 self._pidfd = os.pidfd_open(self.pid)
+
+    def _open_descriptors(self, theirs: contextlib.ExitStack) -> tuple[socket.socket, int, int]:
+        """Open both ends of everything; return the worker's, which `theirs` closes here."""
+        self.channel, channel = socket.socketpair()
+        self._descriptors.callback(self.channel.close)
+        theirs.callback(channel.close)
+        self.channel.setblocking(False)
+        liveness, our_liveness = os.pipe()
+        self._descriptors.callback(os.close, our_liveness)
+        theirs.callback(os.close, liveness)
+        self._status = _open_status_file()
+        self._descriptors.callback(os.close, self._status)
+        status = os.dup(self._status)
+        theirs.callback(os.close, status)
+        return channel, liveness, status
 
     @property
     def sentinel(self) -> int:
@@ -134,9 +140,11 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End the process and what it started, at once."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        if self._is_forgotten:
+            return  # it is the parent's
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # permission: privileges were dropped
             os.killpg(self.pid, signal.SIGKILL)  # no such group yet while the process is settling in
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # never another process with the same number
             else:
@@ -144,18 +152,17 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Give the descriptors back.  Twice is allowed."""
-        self._forget()
+        _live.discard(self)
+        self.stop_watching_pid()
+        self._descriptors.close()
         with contextlib.suppress(ValueError, AttributeError):  # not ended yet, or never started
             self._process.close()
 
-    def _forget(self) -> None:
-        _live.discard(self)
-        self.channel.close()
-        for attribute in ("_liveness", "_status", "_pidfd"):
-            number = getattr(self, attribute, None)
-            if number is not None:
-                os.close(number)
-                setattr(self, attribute, None)
+    def forget(self) -> None:
+        """Close a forked child's copies of the descriptors, and leave the process alone from now on."""
+        self._is_forgotten = True
+        self.stop_watching_pid()
+        self._descriptors.close()
 
 
 class _NameWithEnvironment(str):
@@ -213,27 +220,18 @@ def _open_status_file() -> int:
 
 
 def _forget_all() -> None:
-    _making_descriptors.release()
     for process in list(_live):
-        process._forget()
+        process.forget()
+    _live.clear()
     _forget_fork_server()
 
 
 def _forget_fork_server() -> None:
     """Let a forked child have a fork server of its own: multiprocessing would take its parent's for its own child."""
-    module = sys.modules.get("multiprocessing.forkserver")
-    if module is None:
-        return
-    server = module._forkserver
-    server._lock = threading.Lock()  # the parent's supervisor may have held it
-    if server._forkserver_pid is not None:
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if server is not None and server._forkserver_pid is not None:
         os.close(server._forkserver_alive_fd)  # or the parent's server would wait for this process's end too
         server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_making_descriptors.acquire,
-        after_in_parent=_making_descriptors.release,
-        after_in_child=_forget_all,
-    )
+at_fork(after_in_child=_forget_all)

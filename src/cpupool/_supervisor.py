@@ -5,8 +5,9 @@ Rules:
 - It owns every worker that is neither idle nor lent to a call.  Other threads reach it by `post`, which takes no lock
   and never blocks, so that a call can be given up from anywhere, even while it is being garbage-collected.
 - It sleeps until a descriptor or a deadline wakes it; there is no polling.
-- It starts workers on demand.  A start that fails is reported to everybody who waits and is tried again only when
-  somebody asks again, so a broken initializer cannot become a storm of processes.
+- It starts workers on demand.  When a start fails and no worker is left, everybody who waits is told, and it is tried
+  again only when somebody asks again; while others are left they serve the queue, and the next try is put off, each
+  time for longer.  So a broken initializer cannot become a storm of processes.
 
 Theory of operation: each worker's sentinel is watched from birth to death.  When a process ends that a call owns, its
 channel is shut down, the call sees the end of the connection and hands the worker over (`bury`) with a ticket, which is
@@ -15,6 +16,7 @@ settled with its `Death`.  Whichever comes first, hand-over or death, the worker
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import socket
 import threading
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _child
 from ._errors import InitializerFailed, PoolBroken, PoolClosed, decode_error, describe_callable, describe_exit
+from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError
 from ._worker import State, Worker, WorkerGone
 
@@ -37,6 +40,11 @@ if TYPE_CHECKING:
 
 # A worker killed from outside while it starts is nobody's fault and is replaced; one that always dies is not.
 MAX_START_DEATHS = 3
+
+# Seconds between one failed start and the next, while other workers are left; doubled each time.
+FIRST_DELAY, LONGEST_DELAY = 0.05, 30.0
+
+LONGEST_SLEEP = 3600.0  # seconds; a deadline may be infinite, the system's timers are not
 
 GUARD_ADVICE = (
     "A new worker imports the program's main module, and that starts the pool again. Put what starts it behind\n\n"
@@ -61,6 +69,8 @@ class Supervisor:
         self._unstarted = [None]
         self._workers: set[Worker] = set()
         self._start_deaths = 0
+        self._start_failures = 0
+        self._start_again_at = 0.0
         self._stop_at: float | None = None
         self._dismissed = False
         self._stop_tickets: list[Ticket] = []
@@ -73,17 +83,25 @@ class Supervisor:
             self._unstarted.pop()
         except IndexError:
             return
-        self._selector = selectors.DefaultSelector()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_receiver.setblocking(False)
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._empty_wake_receiver)
         try:
-            threading.Thread(target=self._main, name=f"{self._settings.name}-supervisor", daemon=True).start()
-        except BaseException:
-            self._close_descriptors()
-            self._unstarted.append(None)
+            with contextlib.ExitStack() as opened:
+                self._open_descriptors(opened)
+                threading.Thread(target=self._main, name=f"{self._settings.name}-supervisor", daemon=True).start()
+                opened.pop_all()  # the thread closes them
+        except BaseException as error:
+            cause = error
+            self._unstarted.append(None)  # the next call tries again
+            text = f"the pool's thread could not be started: {type(error).__name__}: {error}"
+            self._dispatcher.fail_queue(lambda: PoolBroken(text, cause))
             raise
+
+    def _open_descriptors(self, opened: contextlib.ExitStack) -> None:
+        self._selector = opened.enter_context(selectors.DefaultSelector())
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        for end in (self._wake_receiver, self._wake_sender):
+            opened.callback(end.close)
+            end.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._empty_wake_receiver)
 
     @property
     def is_running(self) -> bool:
@@ -108,12 +126,22 @@ class Supervisor:
 
     def bury(self, worker: Worker, heir: Ticket | None) -> None:
         """Take over a worker that its call gave up or lost; kill it; tell `heir` how it ended."""
-        self._dispatcher.remove(worker)
         worker.heir = heir
+        if not self.finished:  # afterwards this may run inside a garbage collection, and must take no lock
+            self._dispatcher.remove(worker)
         if worker.state is State.ENDED:
             self._close_worker(worker)
-        else:
+        elif worker in self._workers:
             self._kill(worker)
+        elif heir is not None:
+            heir.settle(
+                error=PoolBroken("this call was made by the parent of this forked process, and is the parent's")
+            )
+
+    def take_back(self, worker: Worker) -> None:
+        """Take a worker that was lent to a call which did not take it."""
+        if self.finished or not self._dispatcher.give_back(worker):
+            self.bury(worker, None)
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more, at `deadline` (monotonic) at the latest."""
@@ -155,12 +183,14 @@ class Supervisor:
             order(*args)
 
     def _seconds_to_next_deadline(self) -> float | None:
-        if self._dispatcher.shortfall():
-            return 0
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        if self._dispatcher.shortfall():
+            deadlines.append(self._start_again_at)
         if self._stop_at is not None and not self._dismissed:
             deadlines.append(self._stop_at)
-        return max(min(deadlines) - time.monotonic(), 0) if deadlines else None
+        if not deadlines:
+            return None
+        return min(max(min(deadlines) - time.monotonic(), 0), LONGEST_SLEEP)
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
@@ -183,14 +213,20 @@ class Supervisor:
 
     def _start_one_if_missing(self) -> None:
         """Start one worker; the loop comes back at once for the next, and sees to everything else in between."""
-        if self._dismissed or not self._dispatcher.shortfall():
+        if self._dismissed or time.monotonic() < self._start_again_at or not self._dispatcher.shortfall():
             return
         try:
-            process = self._start()
+            with starting_or_forking:
+                process = self._start()
+        except (ConnectionError, EOFError) as error:  # multiprocessing's fork server has just ended
+            self._start_deaths += 1
+            if self._start_deaths < MAX_START_DEATHS:
+                self._start_again_at = time.monotonic() + FIRST_DELAY
+            else:
+                self._report_start_error(error)
+            return
         except Exception as error:
-            cause = error
-            text = f"no worker could be started: {type(error).__name__}: {error}"
-            self._dispatcher.fail_queue(lambda: PoolBroken(text, cause))
+            self._report_start_error(error)
             return
         worker = Worker(process, time.monotonic() + self._settings.start_timeout)
         self._workers.add(worker)
@@ -198,8 +234,13 @@ class Supervisor:
         self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_sentinel(worker))
         self._selector.register(process.channel, selectors.EVENT_READ, lambda: self._on_first_words(worker))
 
+    def _report_start_error(self, error: Exception) -> None:
+        self._start_deaths = 0
+        text = f"no worker could be started: {type(error).__name__}: {error}"
+        self._fail_start(lambda: PoolBroken(text, error))
+
     def _on_first_words(self, worker: Worker) -> None:
-        if worker.process.channel not in self._selector.get_map():
+        if worker.state is State.ENDED or worker.process.channel not in self._selector.get_map():
             return  # its end was noticed in the same moment, and its last words are heard
         try:
             frame = worker.receive()
@@ -213,7 +254,8 @@ class Supervisor:
         if worker.state is not State.STARTING:
             return
         if frame.kind is Kind.READY:
-            self._start_deaths = 0
+            self._start_deaths = self._start_failures = 0
+            self._start_again_at = 0
             worker.state = State.READY
             worker.deadline = None
             self._dispatcher.add_ready(worker)
@@ -242,7 +284,16 @@ class Supervisor:
 
     def _report_failed_start(self, worker: Worker, make_error: Callable[[], BaseException]) -> None:
         self._dispatcher.remove(worker)
-        self._dispatcher.fail_queue(make_error)
+        self._fail_start(make_error)
+
+    def _fail_start(self, make_error: Callable[[], BaseException]) -> None:
+        if self._dispatcher.fail_start(make_error):
+            self._start_failures += 1
+            delay = min(FIRST_DELAY * 2**self._start_failures, LONGEST_DELAY)
+            self._start_again_at = time.monotonic() + delay
+        else:
+            self._start_failures = 0
+            self._start_again_at = 0
 
     # --- death ---
 
@@ -285,7 +336,7 @@ class Supervisor:
             )
             if death.stack:
                 text += f"\n{death.stack}"
-        self._dispatcher.fail_queue(lambda: PoolBroken(text))
+        self._fail_start(lambda: PoolBroken(text))
 
     def _close_worker(self, worker: Worker) -> None:
         self._workers.discard(worker)

@@ -11,6 +11,7 @@ from ._waiting import Ticket
 
 if TYPE_CHECKING:
     import socket
+    from contextlib import AbstractContextManager
 
 
 class TrioWaits:
@@ -28,6 +29,9 @@ class TrioWaits:
     async def settled(self, ticket: Ticket) -> None:
         event, _ = ticket.waiting
         await event.wait()
+
+    def shielded(self) -> AbstractContextManager[object]:
+        return trio.CancelScope(shield=True)
 
 
 def _wake(ticket: Ticket) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import selectors
 import sys
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Coroutine
+    from contextlib import AbstractContextManager
 
 T = TypeVar("T")
 
@@ -34,6 +36,10 @@ class Waits(Protocol):
         """Wait until it is settled."""
         ...
 
+    def shielded(self) -> AbstractContextManager[object]:
+        """Within it, the scopes around the task do not cancel a wait."""
+        ...
+
 
 class Ticket:
     """What one task or thread waits for and another thread settles: exactly once, or never if it was withdrawn.
@@ -44,17 +50,15 @@ class Ticket:
 
     Attributes:
         waiting: what its maker waits on: a future, an event.
-        thread: the maker's thread.
         value: what it was settled with, or None.
         error: the exception it was settled with instead, or None.
     """
 
-    __slots__ = ("_token", "_wake", "error", "thread", "value", "waiting")
+    __slots__ = ("_token", "_wake", "error", "value", "waiting")
 
     def __init__(self, waiting: Any, wake: Callable[[Ticket], bool]) -> None:
         """Args: `wake` wakes the maker from any thread, without blocking; False if it can never run again."""
         self.waiting = waiting
-        self.thread = threading.get_ident()
         self.value: Any = None
         self.error: BaseException | None = None
         self._wake = wake
@@ -74,10 +78,10 @@ class Ticket:
         if not self.is_open:
             return False
         self.value, self.error = value, error  # before it can be seen to be settled
-        if not self.withdraw():
-            self.value = self.error = None
-            return False
-        return self._wake(self)
+        if self.withdraw() and self._wake(self):
+            return True
+        self.value = self.error = None  # whoever finds this ticket later must not think that the outcome is theirs
+        return False
 
     def withdraw(self) -> bool:
         """Take the ticket back.  Returns False if it has been settled: then its value is here, and has to be used."""
@@ -109,6 +113,9 @@ class BlockingWaits:
     async def settled(self, ticket: Ticket) -> None:
         ticket.waiting.wait()
 
+    def shielded(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
 
 def _set_event(ticket: Ticket) -> bool:
     ticket.waiting.set()
@@ -133,10 +140,11 @@ def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def running_loop() -> str | None:
     """Return "asyncio" or "trio" if this thread is running an event loop, without importing either."""
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is not None and asyncio._get_running_loop() is not None:
+    # Either may be in the middle of being imported by another thread; then no loop of it runs in this one.
+    get_running_loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
+    if get_running_loop is not None and get_running_loop() is not None:
         return "asyncio"
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
+    in_trio_run = getattr(getattr(sys.modules.get("trio"), "lowlevel", None), "in_trio_run", None)
+    if in_trio_run is not None and in_trio_run():
         return "trio"
     return None
