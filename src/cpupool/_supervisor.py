@@ -170,6 +170,8 @@ class Supervisor:
         finally:
             self._close_descriptors()
             self._carry_out_orders()  # what was posted while `finished` was not yet set
+            for ticket in self._stop_tickets:
+                ticket.settle()
 
     def _empty_wake_receiver(self) -> None:
         self._wake_receiver.recv(4096)
@@ -354,8 +356,6 @@ class Supervisor:
             self._dismiss_all()
         if self._dismissed and all(worker.state is State.ENDED for worker in self._workers):
             self.finished = True
-            for ticket in self._stop_tickets:
-                ticket.settle()
 
     def _dismiss_all(self) -> None:
         """Send idle workers home and kill the others."""
@@ -380,8 +380,6 @@ class Supervisor:
             if worker.state is not State.ENDED:
                 self._end(worker)
         self.finished = True
-        for ticket in self._stop_tickets:
-            ticket.settle()
 
     def _close_descriptors(self) -> None:
         self._selector.close()
