@@ -90,7 +90,7 @@ if __name__ == "__main__":
         pool.run_sync(abs, -1)  # what is kept for the life of the program is open now
     before = names()
     outcomes = []
-    for free in range(24):
+    for free in range(48):
         pool = cpupool.CpuPool(1, mp_context=sys.argv[1])
         outcomes.append(try_with(free, pool))
         assert pool.run_sync(abs, -1) == 1
