@@ -3,16 +3,17 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _waiting _forking _settings _chunks _sizing
-                           the wire, pickling, exceptions, waiting, forks, settings, cutting, CPU and memory limits
+    0  _frames _payload _errors _roles _waiting _forking _settings _chunks _sizing
+                          the wire, pickling, exceptions, roles of a process, waiting, forks, settings, cutting, limits
     1  _child _asyncio_waits _trio_waits
-                           what runs in a worker; waiting in a task
+                          what runs in a worker; waiting in a task
     2  _process _dispatch  one OS process; who gets which worker
     3  _worker             one worker seen from the pool
-    4  _supervisor         the thread that starts, replaces, kills and reaps
+    4  _call _supervisor   one call on its way; the thread that starts, replaces, kills and reaps
     5  _pool _default      CpuPool and the process's default pool
     6  __init__            this file
-    7  domains __main__    the reference workload and the command line, over public names only
+    7  domains _doctor __main__
+                          the reference workload and the command line
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._child import in_worker as in_worker
     from ._chunks import split_text as split_text
     from ._default import configure_default as configure_default
     from ._default import default_pool as default_pool
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ._errors import TaskNotPicklable as TaskNotPicklable
     from ._errors import WorkerDied as WorkerDied
     from ._pool import CpuPool as CpuPool
+    from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._sizing import usable_cpus as usable_cpus
 
@@ -56,7 +57,7 @@ _HOMES = {
     "WorkerDied": "_errors",
     "configure_default": "_default",
     "default_pool": "_default",
-    "in_worker": "_child",
+    "in_worker": "_roles",
     "run": "_default",
     "run_sync": "_default",
     "split_text": "_chunks",

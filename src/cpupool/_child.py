@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 
-from . import _payload
+from . import _payload, _roles
 from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, encode_error
 from ._frames import FrameDecoder, Kind, encode_frame
 
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
 STATUS_PAGE_SIZE = mmap.PAGESIZE
 
-# A new process that imports the user's main module and finds itself asked to start a pool there ends with this status.
-EXIT_UNGUARDED_MAIN = 89
-
-NAME_PREFIX = "cpupool-worker-"  # of a worker's process
-
 # Threads that numerical libraries start for themselves; each reads its variable once, when it is imported.
 THREAD_LIMIT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -53,23 +48,6 @@ THREAD_LIMIT_VARIABLES = (
 )
 
 _RECEIVE_SIZE = 64 * 1024
-_is_worker = False
-
-
-def in_worker() -> bool:
-    """Return True in a worker process (and in what a task forks), False in the program that owns the pool."""
-    return _is_worker
-
-
-def is_importing_main() -> bool:
-    """Return True in a process that multiprocessing has started and that is still importing the user's main module."""
-    process = sys.modules.get("multiprocessing.process")  # else this process was not started by it
-    return process is not None and getattr(process.current_process(), "_inheriting", False)
-
-
-def is_newborn_worker() -> bool:
-    """Return True in a worker that is still importing the user's main module."""
-    return is_importing_main() and sys.modules["multiprocessing.process"].current_process().name.startswith(NAME_PREFIX)
 
 
 class Setup:
@@ -144,8 +122,7 @@ class PickledSetup:
 
 def main(setup: Setup | PickledSetup) -> None:
     """Live as a worker: settle in, run the initializer, then serve calls until BYE or the end of the connection."""
-    global _is_worker  # noqa: PLW0603  # a fact about this process
-    _is_worker = True
+    _roles.become_worker()
     channel = setup.channel
     if isinstance(setup, Setup):
         atexit._clear()  # forked: these are the parent's

@@ -1,8 +1,8 @@
 """The pool: takes a call, lends it a worker, gives back what the worker answers.
 
-The way of a call, from `run` or `run_sync` down: `_Call` checks and pickles it; `_complete` repeats `_attempt` until
+The way of a call, from `run` or `run_sync` down: `Call` checks and pickles it; `_complete` repeats `_attempt` until
 one has an outcome; an attempt borrows a worker from the dispatcher, exchanges frames with it in the caller's own task
-or thread (`Worker.exchange`) and gives it back; `_Call.outcome` rebuilds the value or raises the error.
+or thread (`Worker.exchange`) and gives it back; `Call.outcome` rebuilds the value or raises the error.
 
 Rules: whoever holds a worker either gives it back whole, or hands it to the supervisor.  Giving up a call for whatever
 reason (cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `_attempt`, and
@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import atexit
 import functools
-import inspect
 import itertools
-import os
 import signal
 import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from . import _child, _payload
+from . import _roles
+from ._call import Call
 from ._dispatch import Dispatcher
-from ._errors import PoolClosed, ResultNotPicklable, WorkerDied, decode_error, describe_callable
+from ._errors import PoolClosed
 from ._forking import at_fork
-from ._frames import Frame, Kind
+from ._frames import Frame
 from ._settings import Settings, check_seconds
 from ._sizing import usable_cpus
-from ._supervisor import GUARD_ADVICE, Supervisor
-from ._waiting import BlockingWaits, run_to_end, running_loop
+from ._supervisor import Supervisor
+from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
 from ._worker import Death, Worker, WorkerGone
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
 
 
@@ -140,7 +138,7 @@ class CpuPool:
 
         Cancellation: the caller returns at once; a running task is killed with its worker, which is replaced.
         """
-        call = _Call(fn, args, kwargs)
+        call = Call(fn, args, kwargs)
         result: T = await self._complete(call, _async_waits())
         return result
 
@@ -153,12 +151,12 @@ class CpuPool:
 
         Cancellation: Ctrl-C in the main thread stops the task.
         """
-        _refuse_in_event_loop("run_sync", "await pool.run(...)")
-        call = _Call(fn, args, kwargs)
+        refuse_in_event_loop("run_sync", "await pool.run(...)")
+        call = Call(fn, args, kwargs)
         result: T = run_to_end(self._complete(call, BlockingWaits()))
         return result
 
-    async def _complete(self, call: _Call, waits: Waits) -> Any:
+    async def _complete(self, call: Call, waits: Waits) -> Any:
         deaths = 0
         while True:
             task_id = next(self._task_ids)
@@ -261,7 +259,7 @@ class CpuPool:
         Raises:
             RuntimeError: this thread runs an event loop, which would stand still meanwhile.
         """
-        _refuse_in_event_loop("close", "await pool.aclose()")
+        refuse_in_event_loop("close", "await pool.aclose()")
         run_to_end(self._close(drain, BlockingWaits()))
 
     async def _close(self, drain: float | None, waits: Waits) -> None:
@@ -291,7 +289,7 @@ class CpuPool:
             await self._close(None, waits)
 
     def __enter__(self) -> Self:
-        _refuse_in_event_loop("with pool", "async with pool")
+        refuse_in_event_loop("with pool", "async with pool")
         try:
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:
@@ -324,7 +322,7 @@ class CpuPool:
     def _start_supervisor(self) -> None:
         if self._supervisor.is_running:
             return
-        _refuse_in_worker()
+        _roles.refuse_pool_here()
         self._supervisor.run()
         if self._dispatcher.closed:
             self._stop_soon()  # closed in the same moment, by one who saw nothing to stop
@@ -351,57 +349,8 @@ class _WorkerStarter:
 
         if self._context is None:
             self._context = get_context(self._settings.mp_context)
-        name = f"{_child.NAME_PREFIX}{next(self._numbers)}"
+        name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
         return WorkerProcess(self._context, name, self._threads, self._settings.initializer, self._settings.initargs)
-
-
-class _Call:
-    """One call on its way: checked and pickled once, however often it is tried."""
-
-    __slots__ = ("_fn", "body")
-
-    def __init__(self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        code = getattr(fn, "__code__", None)
-        if code is None or code.co_flags & _ASYNC_CODE:
-            _check_function(fn)
-        self._fn = fn
-        self.body = _payload.dumps_call(fn, args, kwargs)
-
-    def outcome(self, reply: Frame) -> Any:
-        """Return the value in a reply, or raise the error in it."""
-        if reply.kind is not Kind.RESULT:
-            raise decode_error(reply.body, describe_callable(self._fn))
-        try:
-            return _payload.loads(reply.body)
-        except KeyboardInterrupt:
-            raise  # the user's, not the result's
-        except BaseException as error:
-            reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
-            result_type = _payload.first_type(reply.body) or "a value"
-            raise ResultNotPicklable(describe_callable(self._fn), result_type, reason) from error
-
-    def death(self, death: Death) -> WorkerDied:
-        """Describe the death of the worker that ran it."""
-        task = describe_callable(self._fn)
-        return WorkerDied(death.pid, death.exitcode, death.signal, None, task, death.stack)
-
-
-def _check_function(fn: object) -> None:
-    """Raise unless `fn` can be called and returns a value, not something to await."""
-    if inspect.iscoroutine(fn):
-        fn.close()  # or Python would warn that it was never awaited
-        raise TypeError(
-            f"pool.run() takes a function and its arguments, not the coroutine {fn.__qualname__}(...). A worker runs "
-            f"plain functions: write 'def' instead of 'async def', and pool.run({fn.__name__}, ...)."
-        )
-    if not callable(fn):
-        raise TypeError(f"pool.run() takes a function and its arguments, not {fn!r}; write pool.run(fn, 1), not fn(1)")
-    call = type(fn).__call__ if not inspect.isroutine(fn) else fn
-    if any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in (fn, call)):
-        raise TypeError(
-            f"{describe_callable(fn)} is an 'async def' function; a worker has no event loop and runs plain functions. "
-            "Await it here, or move its CPU-bound part to a function made with 'def' and run that."
-        )
 
 
 def _async_waits() -> Waits:
@@ -420,27 +369,6 @@ def _waits_on(library: str | None) -> Waits:
 
         return TrioWaits()
     raise RuntimeError("no event loop of asyncio or trio is running in this thread; use run_sync without one")
-
-
-def _refuse_in_event_loop(what: str, instead: str) -> None:
-    if (loop := running_loop()) is not None:
-        raise RuntimeError(
-            f"{what} would block the {loop} event loop that runs in this thread; use '{instead}' there, "
-            f"or call {what} from another thread"
-        )
-
-
-def _refuse_in_worker() -> None:
-    """Raise where a pool must not start workers: in a worker, and in a new process that imports the main module."""
-    if _child.in_worker():
-        raise RuntimeError(
-            "a worker must not use a pool: its workers would compete with this one's for the same CPUs. "
-            "Return what is to be done to the caller and let it call the pool, or use multiprocessing here."
-        )
-    if _child.is_newborn_worker():
-        os._exit(_child.EXIT_UNGUARDED_MAIN)  # the supervisor tells the user, once
-    if _child.is_importing_main():
-        raise RuntimeError(f"a pool was used while a new process imports the main module. {GUARD_ADVICE}")
 
 
 # --- the process's end, and its forks ---

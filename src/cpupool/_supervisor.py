@@ -24,7 +24,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from . import _child
+from . import _roles
 from ._errors import InitializerFailed, PoolBroken, PoolClosed, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError
@@ -45,12 +45,6 @@ MAX_START_DEATHS = 3
 FIRST_DELAY, LONGEST_DELAY = 0.05, 30.0
 
 LONGEST_SLEEP = 3600.0  # seconds; a deadline may be infinite, the system's timers are not
-
-GUARD_ADVICE = (
-    "A new worker imports the program's main module, and that starts the pool again. Put what starts it behind\n\n"
-    "    if __name__ == '__main__':\n        main()\n\n"
-    "so that importing the module only defines things."
-)
 
 
 class Supervisor:
@@ -328,13 +322,13 @@ class Supervisor:
         if death.signal is not None and self._start_deaths < MAX_START_DEATHS:
             return  # the next look at the dispatcher starts another
         self._start_deaths = 0
-        if death.exitcode == _child.EXIT_UNGUARDED_MAIN:
-            text = f"the program's main module starts a pool when it is imported. {GUARD_ADVICE}"
+        if death.exitcode == _roles.EXIT_UNGUARDED_MAIN:
+            text = f"the program's main module starts a pool when it is imported. {_roles.GUARD_ADVICE}"
         else:
             text = (
                 f"worker {death.pid} {describe_exit(death.exitcode, death.signal)} before it was ready. What it wrote "
                 "to standard error says why; often it is an error in the program's main module, which every worker "
-                f"imports, or a missing guard there. {GUARD_ADVICE}"
+                f"imports, or a missing guard there. {_roles.GUARD_ADVICE}"
             )
             if death.stack:
                 text += f"\n{death.stack}"

@@ -148,3 +148,12 @@ def running_loop() -> str | None:
     if in_trio_run is not None and in_trio_run():
         return "trio"
     return None
+
+
+def refuse_in_event_loop(what: str, instead: str) -> None:
+    """Raise if this thread runs an event loop, which `what` would block."""
+    if (loop := running_loop()) is not None:
+        raise RuntimeError(
+            f"{what} would block the {loop} event loop that runs in this thread; use '{instead}' there, "
+            f"or call {what} from another thread"
+        )
