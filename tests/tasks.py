@@ -362,3 +362,8 @@ def return_what_raises_when_rebuilt(kind: type[BaseException]) -> RaisesWhenRebu
 def die_soon() -> None:
     """Be killed at a moment that may be just before, or just after, the answer is read."""
     threading.Timer(0.0002, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def delete_stdout() -> int:
+    del sys.stdout
+    return os.getpid()

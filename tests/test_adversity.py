@@ -7,14 +7,16 @@ import contextlib
 import gc
 import os
 import signal
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import anyio
 import pytest
 
 import tasks
 from conftest import IGNORE_FORK_WARNING, START_METHODS, RunScript, wait_until_gone
-from cpupool import CpuPool, InitializerFailed, RemoteError, ResultNotPicklable, WorkerDied
+from cpupool import CpuPool, InitializerFailed, RemoteError, ResultNotPicklable, TaskNotPicklable, WorkerDied
 
 
 def test_a_waiter_of_a_closed_loop_costs_nobody_else_anything(tmp_path: Path) -> None:
@@ -220,6 +222,63 @@ if __name__ == "__main__":
     pool.close()
 """)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_handler_that_ends_the_program_ends_it_while_a_result_is_rebuilt(run_script: RunScript) -> None:
+    """Unlike the result's own `SystemExit`, which is an error of that call."""
+    done = run_script("""
+import os, signal, sys
+import cpupool
+
+class Slow:
+    def __getstate__(self):
+        return {"state": 1}
+
+    def __setstate__(self, state):
+        if not cpupool.in_worker():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    with cpupool.CpuPool(1) as pool:
+        pool.run_sync(Slow)
+""")
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_an_object_that_pretends_to_have_any_attribute_is_refused() -> None:
+    pool = CpuPool(1)
+    with pytest.raises(TaskNotPicklable):
+        pool.run_sync(Mock())
+
+
+@pytest.mark.anyio
+async def test_a_task_may_take_standard_output_away() -> None:
+    async with CpuPool(1) as pool:
+        pid = await pool.run(tasks.delete_stdout)
+        assert await pool.run(tasks.get_pid) == pid
+
+
+def test_a_pool_used_by_garbage_collection_in_its_own_thread_says_so() -> None:
+    with CpuPool(1) as pool:
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def call_from_the_thread() -> None:
+            for call in (lambda: pool.run_sync(tasks.add, 1), pool.close):
+                try:
+                    call()
+                except RuntimeError as error:
+                    errors.append(error)
+
+        pool._supervisor.post(pool._dispatcher.borrow_idle)
+        pool._supervisor.post(call_from_the_thread)
+        pool._supervisor.post(done.set)
+        done.wait()
+        assert "own thread" in str(errors[0])
+        for worker in list(pool._dispatcher._lent):
+            pool._dispatcher.give_back(worker)
+    assert len(errors) == 2
 
 
 @pytest.mark.anyio

@@ -172,6 +172,32 @@ if __name__ == "__main__":
     assert done.stderr.count("exited with status 9 while it ran __main__.die") == 3
 
 
+def test_standard_input_from_a_file_is_that_file(tree: Path) -> None:
+    """Each worker has an empty standard input of its own, so the name must not reach it."""
+    command = [sys.executable, "-m", "cpupool", "domains", "/dev/stdin"]
+    with open(tree / "one.txt") as stdin:
+        done = subprocess.run(
+            command, stdin=stdin, capture_output=True, text=True, env=environment(), timeout=60, check=False
+        )
+    assert done.returncode == 0
+    assert "3,000 domains" in done.stdout
+
+
+def test_a_file_without_a_size_is_reported() -> None:
+    done = cpupool("domains", "/proc/version")
+    assert (done.returncode, done.stderr) == (1, "cpupool: /proc/version: a file of the proc file system has no size\n")
+
+
+def test_output_that_cannot_be_written_is_no_traceback(tree: Path) -> None:
+    command = [sys.executable, "-m", "cpupool", "domains", str(tree)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60, check=False
+        )
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
+
+
 def test_a_path_that_is_no_text_is_reported(tree: Path) -> None:
     command = [os.fsencode(sys.executable), b"-m", b"cpupool", b"domains", b"--json", os.fsencode(tree), b"nope\xff"]
     done = subprocess.run(

@@ -107,6 +107,29 @@ def test_every_byte_of_every_file_is_planned_once(sizes: list[int], range_bytes:
         assert all(left[1] == right[0] for left, right in itertools.pairwise(pieces))
 
 
+def test_a_file_without_any_boundary_is_looked_through_once_and_not_once_for_each_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "letters"
+    path.write_bytes(b"a" * 3_000_000 + b".b c.d")
+    size = path.stat().st_size
+    looked_at = 0
+    pread = os.pread
+
+    def counting(fd: int, length: int, offset: int) -> bytes:
+        nonlocal looked_at
+        data = pread(fd, length, offset)
+        looked_at += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    found = domains.Extraction()
+    for task in domains.plan_ranges([(str(path), size)], 100_000):
+        found.add(domains.extract(task))
+    assert sorted(found.counts) == ["a" * 3_000_000 + ".b", "c.d"]
+    assert looked_at < 4 * size
+
+
 def test_find_files_is_ordered_and_reports_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.txt").write_text("22")

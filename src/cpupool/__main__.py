@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has what it wanted: `... | head`
         sys.stderr.close()
         return EXIT_OK
+    except OSError as error:  # what is printed cannot be written
+        print(f"cpupool: {error}", file=sys.stderr)
+        return EXIT_PARTIAL
     return status
 
 

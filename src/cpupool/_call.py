@@ -35,10 +35,9 @@ class Call:
         if reply.kind is not Kind.RESULT:
             raise decode_error(reply.body, describe_callable(self._fn))
         try:
-            return _payload.loads(reply.body)
-        except KeyboardInterrupt:
-            raise  # the user's, not the result's
-        except BaseException as error:
+            return _payload.loads_result(reply.body)
+        except _payload.RebuildFailed as failed:
+            error = failed.__cause__
             reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
             result_type = _payload.first_type(reply.body) or "a value"
             raise ResultNotPicklable(describe_callable(self._fn), result_type, reason) from error

@@ -216,7 +216,8 @@ def _reset_signals() -> None:
     for number in signal.valid_signals() - ignored:
         if signal.getsignal(number) is not signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTTOU, signal.SIGTTIN):  # a worker is a background job: without the latter
+        signal.signal(number, signal.SIG_IGN)  # two, a terminal would stop it for ever for printing or for asking
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -292,9 +293,9 @@ _flush_libc: Callable[[None], object] | None = None
 def _flush_output(load_libc: bool = False) -> None:
     """Write out what the task printed, from C too where ctypes is at hand: a kill would lose it."""
     global _flush_libc  # noqa: PLW0603  # found once
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
         try:
-            stream.flush()
+            getattr(sys, name).flush()
         except Exception:
             pass  # no stream, or closed, or not read, or one of the task's own making: not the task's failure
     if _flush_libc is None and (load_libc or "ctypes" in sys.modules):

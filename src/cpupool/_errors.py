@@ -6,6 +6,7 @@ It runs in the workers too: stdlib only.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 
@@ -194,11 +195,14 @@ class RemoteTraceback(Exception):
 
 def describe_callable(fn: object) -> str:
     """Name a function the way a traceback would: module and qualified name; of a partial, what it wraps."""
-    while (wrapped := getattr(fn, "func", None)) is not None and not hasattr(fn, "__qualname__"):
-        fn = wrapped
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
-    module = getattr(fn, "__module__", None) or type(fn).__module__
-    return name if module == "builtins" else f"{module}.{name}"
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", None)
+    if not isinstance(name, str):  # an object that is called, or one that pretends to have any attribute
+        fn = type(fn)
+        name = fn.__qualname__
+    module = getattr(fn, "__module__", None)
+    return name if module in (None, "builtins") else f"{module}.{name}"
 
 
 def describe_exit(exitcode: int | None, signal: int | None) -> str:
@@ -246,7 +250,7 @@ def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "
 
 def _sendable(item: str | bytes | None) -> str | bytes | None:
     """Replace what pickle cannot encode in a text: lone surrogates."""
-    return item.encode("utf-8", "backslashreplace").decode() if isinstance(item, str) else item
+    return str.encode(item, "utf-8", "backslashreplace").decode() if isinstance(item, str) else item
 
 
 def raise_error(body: memoryview | bytes, task: str) -> NoReturn:
@@ -276,10 +280,8 @@ def _load_exception(pickled: bytes | None) -> Exception | None:
     if pickled is None:
         return None
     try:
-        error = _payload.loads(pickled)
-    except KeyboardInterrupt:
-        raise  # the user's, not the exception's
-    except BaseException:
+        error = _payload.loads_result(pickled)
+    except _payload.RebuildFailed:
         return None
     return error if isinstance(error, Exception) else None
 

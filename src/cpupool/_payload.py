@@ -26,6 +26,36 @@ def loads(data: memoryview | bytes, buffers: Iterable[Any] = ()) -> Any:
     return pickle.loads(data, buffers=buffers)
 
 
+class RebuildFailed(Exception):
+    """Something that a worker has sent cannot be rebuilt here; its `__cause__` says why."""
+
+
+def loads_result(data: memoryview | bytes) -> Any:
+    """Rebuild what a worker has sent.  The code that does it is the user's, and may raise anything.
+
+    Raises:
+        RebuildFailed: it did; also where that was `SystemExit` or the like, which must not end the program.
+        BaseException: what a signal handler raised meanwhile: Ctrl-C, or the program's own answer to SIGTERM.
+    """
+    try:
+        return pickle.loads(data)
+    except BaseException as error:
+        if not isinstance(error, Exception) and _comes_from_signal_handler(error):
+            raise
+        raise RebuildFailed from error
+
+
+def _comes_from_signal_handler(error: BaseException) -> bool:
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    import signal
+    import traceback
+
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def first_type(data: memoryview | bytes) -> str | None:
     """Name the first class that a pickle refers to, which is that of the outermost object, without running it."""
     import pickletools

@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
-import signal
 import time
 import warnings
 import weakref
@@ -165,7 +164,7 @@ class CpuPool:
                 return call.outcome(outcome)
             if outcome.last_task_id != task_id:
                 continue  # the worker died before it picked the task up: nothing has run
-            if self._dispatcher.closed and outcome.signal == signal.SIGKILL:
+            if self._dispatcher.closed and outcome.by_pool:
                 raise PoolClosed(self.settings.name)
             deaths += 1
             if deaths > self.settings.retries:
@@ -269,6 +268,7 @@ class CpuPool:
         self._dispatcher.close()
         if not self._supervisor.is_running:
             return
+        self._supervisor.refuse_in_its_thread()
         ticket = waits.ticket()
         self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
         await waits.settled(ticket)
@@ -321,6 +321,7 @@ class CpuPool:
 
     def _start_supervisor(self) -> None:
         if self._supervisor.is_running:
+            self._supervisor.refuse_in_its_thread()
             return
         _roles.refuse_pool_here()
         self._supervisor.run()

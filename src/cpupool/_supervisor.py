@@ -44,6 +44,8 @@ MAX_START_DEATHS = 3
 # Seconds between one failed start and the next, while other workers are left; doubled each time.
 FIRST_DELAY, LONGEST_DELAY = 0.05, 30.0
 
+LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
+
 LONGEST_SLEEP = 3600.0  # seconds; a deadline may be infinite, the system's timers are not
 
 
@@ -59,6 +61,7 @@ class Supervisor:
         self._settings = settings
         self._dispatcher = dispatcher
         self._start = start
+        self._thread: threading.Thread | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
         self._workers: set[Worker] = set()
@@ -80,7 +83,10 @@ class Supervisor:
         try:
             with contextlib.ExitStack() as opened:
                 self._open_descriptors(opened)
-                threading.Thread(target=self._main, name=f"{self._settings.name}-supervisor", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._main, name=f"{self._settings.name}-supervisor", daemon=True
+                )
+                self._thread.start()
                 opened.pop_all()  # the thread closes them
         except BaseException as error:
             cause = error
@@ -96,6 +102,11 @@ class Supervisor:
             opened.callback(end.close)
             end.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._empty_wake_receiver)
+
+    def refuse_in_its_thread(self) -> None:
+        """Raise in the supervisor's own thread, where garbage collection may run anybody's code."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the pool's own thread cannot wait for the pool; do not call it in __del__")
 
     @property
     def is_running(self) -> bool:
@@ -119,12 +130,14 @@ class Supervisor:
     # --- orders, carried out in the thread ---
 
     def bury(self, worker: Worker, heir: Ticket | None) -> None:
-        """Take over a worker that its call gave up or lost; kill it; tell `heir` how it ended."""
+        """Take over a worker that its call gave up, and kill it, or that it lost; tell `heir` how it ended."""
         worker.heir = heir
         if not self.finished:  # afterwards this may run inside a garbage collection, and must take no lock
             self._dispatcher.remove(worker)
         if worker.state is State.ENDED:
             self._close_worker(worker)
+        elif worker in self._workers and heir is not None and worker.deadline is None:
+            worker.deadline = time.monotonic() + min(self._settings.grace, LONGEST_EXIT)  # its own end says more
         elif worker in self._workers:
             self._kill(worker)
         elif heir is not None:
@@ -197,12 +210,16 @@ class Supervisor:
                 self._kill(worker)
 
     def _make_start_timeout_error(self) -> PoolBroken:
-        return PoolBroken(f"a worker was not ready {self._settings.start_timeout:g} s after its start (start_timeout)")
+        return PoolBroken(
+            f"a worker was not ready {self._settings.start_timeout:g} s after its start (start_timeout), "
+            "or closed its connection to the pool and went on"
+        )
 
     def _kill(self, worker: Worker) -> None:
         worker.deadline = None
         if worker.state not in (State.KILLED, State.ENDED):
             worker.state = State.KILLED
+            worker.was_killed = True
             worker.process.kill()
 
     # --- birth ---
@@ -325,11 +342,12 @@ class Supervisor:
         if death.exitcode == _roles.EXIT_UNGUARDED_MAIN:
             text = f"the program's main module starts a pool when it is imported. {_roles.GUARD_ADVICE}"
         else:
-            text = (
-                f"worker {death.pid} {describe_exit(death.exitcode, death.signal)} before it was ready. What it wrote "
-                "to standard error says why; often it is an error in the program's main module, which every worker "
-                f"imports, or a missing guard there. {_roles.GUARD_ADVICE}"
-            )
+            text = f"worker {death.pid} {describe_exit(death.exitcode, death.signal)} before it was ready. "
+            if death.signal is None:
+                text += (
+                    "What it wrote to standard error says why; often it is an error in the program's main module, "
+                    f"which every worker imports, or a missing guard there. {_roles.GUARD_ADVICE}"
+                )
             if death.stack:
                 text += f"\n{death.stack}"
         self._fail_start(lambda: PoolBroken(text))

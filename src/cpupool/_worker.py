@@ -49,13 +49,17 @@ class WorkerGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a worker ended.  `exitcode` and `signal` are both None where nobody could learn it."""
+    """How a worker ended.  `exitcode` and `signal` are both None where nobody could learn it.
+
+    `by_pool` says that the pool itself has killed it.
+    """
 
     pid: int
     exitcode: int | None
     signal: int | None
     stack: str | None
     last_task_id: int
+    by_pool: bool
 
 
 class Worker:
@@ -65,15 +69,17 @@ class Worker:
         process: its operating-system side.
         state: see `State`.
         deadline: when the supervisor kills it, on the monotonic clock, or None.
+        was_killed: True if the pool has killed it.
         heir: settled with its `Death` for the call that lost it.
     """
 
-    __slots__ = ("_decoder", "_state", "deadline", "heir", "process")
+    __slots__ = ("_decoder", "_state", "deadline", "heir", "process", "was_killed")
 
     def __init__(self, process: WorkerProcess, deadline: float | None) -> None:
         self.process = process
         self.deadline = deadline
         self.heir: Ticket | None = None
+        self.was_killed = False
         self._state = State.STARTING
         self._decoder = FrameDecoder()
 
@@ -165,4 +171,5 @@ class Worker:
             signal=-status if status is not None and died_of_signal else None,
             stack=self.process.crash_stack(),
             last_task_id=self.process.last_task_id(),
+            by_pool=self.was_killed,
         )

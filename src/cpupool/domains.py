@@ -83,10 +83,14 @@ def find_files(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[tup
     Symbolic links inside folders are not followed, and what is neither file nor folder is passed over there; a path
     that is given is taken at its word.  What cannot be read is added to `unreadable`.
     """
-    for path in paths:
+    for given in paths:
+        # Such a name may mean another file in another process.
+        path = os.path.realpath(given) if given.startswith(("/dev/", "/proc/")) else given
         try:
             status = os.stat(path)
-            if stat.S_ISDIR(status.st_mode):
+            if path.startswith("/proc/"):
+                unreadable[path] = "a file of the proc file system has no size"
+            elif stat.S_ISDIR(status.st_mode):
                 yield from _walk(path, unreadable)
             elif stat.S_ISREG(status.st_mode):
                 yield path, status.st_size
@@ -156,14 +160,19 @@ def _reason(error: OSError) -> str:
 
 def _read_range(wanted: FileRange) -> bytes:
     with open(wanted.path, "rb") as file:
-        start = _next_cut(file.fileno(), wanted.start)
-        stop = _next_cut(file.fileno(), wanted.stop)
+        start = _next_cut(file.fileno(), wanted.start, wanted.stop)
+        if start >= wanted.stop > 0:
+            return b""  # without a cut, it belongs to the range before
+        stop = _next_cut(file.fileno(), wanted.stop, None)
         file.seek(start)
         return file.read(max(stop - start, 0))
 
 
-def _next_cut(fd: int, position: int) -> int:
-    """Return the first place at or behind `position` where the file may be cut: 0, its end, or behind a boundary."""
+def _next_cut(fd: int, position: int, limit: int | None) -> int:
+    """Return the first place at or behind `position` where the file may be cut: 0, its end, or behind a boundary.
+
+    It is not sought beyond `limit`.
+    """
     if position == 0:
         return 0
     offset = position - 1
@@ -171,4 +180,6 @@ def _next_cut(fd: int, position: int) -> int:
         if found := _CUT.search(data):
             return offset + found.end()
         offset += len(data)
+        if limit is not None and offset >= limit:
+            return offset
     return offset
