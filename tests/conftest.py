@@ -137,9 +137,11 @@ def run_script(tmp_path: Path) -> RunScript:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return the environment for a program of a test: this one, with the test helpers importable."""
+    """Return the environment for a program of a test: this one, with the test helpers importable.
+
+    Output is buffered and bytecode kept, as users have it, whatever is set for the tests themselves.
+    """
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {
-        name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
-    }  # buffers are tested too
+    unusual = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+    environ = {name: value for name, value in os.environ.items() if name not in unusual}
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
