@@ -21,7 +21,7 @@ def make_ticket(woken: list[Ticket] | None = None) -> Ticket:
 
 
 def ready_dispatcher(workers: int) -> Dispatcher[str]:
-    dispatcher: Dispatcher[str] = Dispatcher(workers, "test")
+    dispatcher: Dispatcher[str] = Dispatcher(workers, "test", bool)
     for number in range(workers):
         dispatcher.add_starting(f"worker {number}")
         dispatcher.add_ready(f"worker {number}")
@@ -104,11 +104,12 @@ def test_withdrawn_tickets_do_not_pile_up() -> None:
 
 
 def test_a_failed_start_fails_who_waits_and_is_not_repeated() -> None:
-    dispatcher: Dispatcher[str] = Dispatcher(2, "test")
+    notified: list[None] = []
+    dispatcher: Dispatcher[str] = Dispatcher(2, "test", lambda: notified.append(None))
     tickets = [make_ticket(), make_ticket()]
     for ticket in tickets:
         assert dispatcher.enqueue(ticket) is None
-    assert dispatcher.may_grow()
+    assert notified
     assert dispatcher.shortfall() == 2
     assert dispatcher.fail_start(lambda: RuntimeError("no process")) is False
     errors = [ticket.error for ticket in tickets]
@@ -127,7 +128,7 @@ def test_a_dead_worker_is_missed_at_once() -> None:
 
 
 def test_warm_up_is_done_when_no_worker_is_missing() -> None:
-    dispatcher: Dispatcher[str] = Dispatcher(2, "test")
+    dispatcher: Dispatcher[str] = Dispatcher(2, "test", bool)
     woken: list[Ticket] = []
     dispatcher.want_all(make_ticket(woken))
     assert dispatcher.shortfall() == 2
@@ -140,7 +141,7 @@ def test_warm_up_is_done_when_no_worker_is_missing() -> None:
 
 
 def test_a_closed_dispatcher_takes_no_ticket_but_serves_those_it_took() -> None:
-    dispatcher: Dispatcher[str] = Dispatcher(1, "test")
+    dispatcher: Dispatcher[str] = Dispatcher(1, "test", bool)
     accepted = make_ticket()
     dispatcher.enqueue(accepted)
     dispatcher.close()
@@ -157,7 +158,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dispatcher: Dispatcher[int] = Dispatcher(3, "test")
+        self.dispatcher: Dispatcher[int] = Dispatcher(3, "test", bool)
         self.born = 0
         self.starting: set[int] = set()
         self.lent: set[int] = set()

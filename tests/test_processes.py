@@ -523,7 +523,9 @@ def _stall(run_script: RunScript, method: str, where: str) -> float:
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_c15_the_first_call_does_not_stall_the_loop(method: str, run_script: RunScript) -> None:
-    """By less than the 2 ms that are promised.  Other programs stall a loop too, so it is tried again and again; the
-    control, a start on the loop itself, is caught every time."""
+    """By less than the 2 ms that are promised.
+
+    Other programs stall a loop too, so it is tried again and again; the control is caught every time.
+    """
     assert any(_stall(run_script, method, "in the thread") < 0.0015 for _ in range(30))
     assert all(_stall(run_script, method, "on the loop") > 0.0015 for _ in range(3))

@@ -15,6 +15,7 @@ from ._waiting import Ticket
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Awaitable
     from contextlib import AbstractContextManager
 
 
@@ -46,8 +47,9 @@ class AsyncioWaits:
     def ticket(self) -> Ticket:
         return Ticket(asyncio.get_running_loop().create_future(), _wake)
 
-    async def settled(self, ticket: Ticket) -> None:
-        await ticket.waiting
+    def settled(self, ticket: Ticket) -> Awaitable[object]:
+        future: asyncio.Future[None] = ticket.waiting
+        return future
 
     def shielded(self) -> AbstractContextManager[object]:
         anyio = sys.modules.get("anyio")  # without it there are no scopes

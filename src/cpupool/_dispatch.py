@@ -37,8 +37,10 @@ class Dispatcher(Generic[W]):
         closed: True once no new call is taken.
     """
 
-    def __init__(self, max_workers: int, name: str) -> None:
+    def __init__(self, max_workers: int, name: str, notify: Callable[[], object]) -> None:
+        """Args: `notify` is called when a worker may be missing; `shortfall` says how many are."""
         self.max_workers = max_workers
+        self._notify = notify
         self._name = name
         self.closed = False
         self._lock = threading.Lock()
@@ -79,12 +81,10 @@ class Dispatcher(Generic[W]):
                 self._queue = deque(each for each in self._queue if each.is_open)
                 self._sweep_at = max(2 * len(self._queue), _SWEEP_AT_LEAST)
             self._queue.append(ticket)
-            return None
-
-    def may_grow(self) -> bool:
-        """Return True if a waiting call may be a reason to start a worker; `shortfall` says how many."""
-        with self._lock:
-            return self._present() < self.max_workers and len(self._queue) > len(self._starting)
+            may_grow = len(self._starting) + len(self._lent) < self.max_workers
+        if may_grow:
+            self._notify()
+        return None
 
     def give_back(self, worker: W) -> bool:
         """Take a lent worker back and hand it to the first in the queue.

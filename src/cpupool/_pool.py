@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from . import _roles
 from ._call import Call
-from ._dispatch import Dispatcher
 from ._errors import PoolClosed
 from ._forking import at_fork
 from ._frames import Frame
@@ -99,8 +98,8 @@ class CpuPool:
 
     def _set_up(self) -> None:
         start = _WorkerStarter(self.settings)
-        self._dispatcher: Dispatcher[Worker] = Dispatcher(start.max_workers, self.settings.name)
-        self._supervisor = Supervisor(self.settings, self._dispatcher, start)
+        self._supervisor = Supervisor(self.settings, start.max_workers, start)
+        self._dispatcher = self._supervisor.dispatcher
         self._task_ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -198,8 +197,6 @@ class CpuPool:
         if worker is not None:
             return worker
         self._start_supervisor()  # after queueing: a start that fails fails the queue
-        if self._dispatcher.may_grow():
-            self._supervisor.notify()
         await waits.settled(ticket)
         granted: Worker = ticket.result()
         return granted

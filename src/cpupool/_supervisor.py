@@ -25,6 +25,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import _roles
+from ._dispatch import Dispatcher
 from ._errors import InitializerFailed, PoolBroken, PoolClosed, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError
@@ -33,7 +34,6 @@ from ._worker import State, Worker, WorkerGone
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._dispatch import Dispatcher
     from ._process import WorkerProcess
     from ._settings import Settings
     from ._waiting import Ticket
@@ -54,14 +54,15 @@ class Supervisor:
 
     Attributes:
         finished: True when it has stopped and all its workers are gone.
+        dispatcher: lends the workers that are ready.
     """
 
-    def __init__(self, settings: Settings, dispatcher: Dispatcher[Worker], start: Callable[[], WorkerProcess]) -> None:
+    def __init__(self, settings: Settings, max_workers: int, start: Callable[[], WorkerProcess]) -> None:
         self.finished = False
+        self.dispatcher: Dispatcher[Worker] = Dispatcher(max_workers, settings.name, self.notify)
         self._settings = settings
-        self._dispatcher = dispatcher
         self._start = start
-        self._thread: threading.Thread | None = None
+        self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
         self._workers: set[Worker] = set()
@@ -83,16 +84,13 @@ class Supervisor:
         try:
             with contextlib.ExitStack() as opened:
                 self._open_descriptors(opened)
-                self._thread = threading.Thread(
-                    target=self._main, name=f"{self._settings.name}-supervisor", daemon=True
-                )
-                self._thread.start()
+                threading.Thread(target=self._main, name=f"{self._settings.name}-supervisor", daemon=True).start()
                 opened.pop_all()  # the thread closes them
         except BaseException as error:
             cause = error
             self._unstarted.append(None)  # the next call tries again
             text = f"the pool's thread could not be started: {type(error).__name__}: {error}"
-            self._dispatcher.fail_queue(lambda: PoolBroken(text, cause))
+            self.dispatcher.fail_queue(lambda: PoolBroken(text, cause))
             raise
 
     def _open_descriptors(self, opened: contextlib.ExitStack) -> None:
@@ -105,7 +103,7 @@ class Supervisor:
 
     def refuse_in_its_thread(self) -> None:
         """Raise in the supervisor's own thread, where garbage collection may run anybody's code."""
-        if threading.current_thread() is self._thread:
+        if threading.get_ident() == self._thread_id:
             raise RuntimeError("the pool's own thread cannot wait for the pool; do not call it in __del__")
 
     @property
@@ -133,7 +131,7 @@ class Supervisor:
         """Take over a worker that its call gave up, and kill it, or that it lost; tell `heir` how it ended."""
         worker.heir = heir
         if not self.finished:  # afterwards this may run inside a garbage collection, and must take no lock
-            self._dispatcher.remove(worker)
+            self.dispatcher.remove(worker)
         if worker.state is State.ENDED:
             self._close_worker(worker)
         elif worker in self._workers and heir is not None and worker.deadline is None:
@@ -147,7 +145,7 @@ class Supervisor:
 
     def take_back(self, worker: Worker) -> None:
         """Take a worker that was lent to a call which did not take it."""
-        if self.finished or not self._dispatcher.give_back(worker):
+        if self.finished or not self.dispatcher.give_back(worker):
             self.bury(worker, None)
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
@@ -163,6 +161,7 @@ class Supervisor:
     # --- the thread ---
 
     def _main(self) -> None:
+        self._thread_id = threading.get_ident()
         try:
             while not self.finished:
                 for key, _ in self._selector.select(self._seconds_to_next_deadline()):
@@ -193,7 +192,7 @@ class Supervisor:
 
     def _seconds_to_next_deadline(self) -> float | None:
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        if self._dispatcher.shortfall():
+        if self.dispatcher.shortfall():
             deadlines.append(self._start_again_at)
         if self._stop_at is not None and not self._dismissed:
             deadlines.append(self._stop_at)
@@ -226,7 +225,7 @@ class Supervisor:
 
     def _start_one_if_missing(self) -> None:
         """Start one worker; the loop comes back at once for the next, and sees to everything else in between."""
-        if self._dismissed or time.monotonic() < self._start_again_at or not self._dispatcher.shortfall():
+        if self._dismissed or time.monotonic() < self._start_again_at or not self.dispatcher.shortfall():
             return
         try:
             with starting_or_forking:
@@ -243,7 +242,7 @@ class Supervisor:
             return
         worker = Worker(process, time.monotonic() + self._settings.start_timeout)
         self._workers.add(worker)
-        self._dispatcher.add_starting(worker)
+        self.dispatcher.add_starting(worker)
         self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_sentinel(worker))
         self._selector.register(process.channel, selectors.EVENT_READ, lambda: self._on_first_words(worker))
 
@@ -271,7 +270,7 @@ class Supervisor:
             self._start_again_at = 0
             worker.state = State.READY
             worker.deadline = None
-            self._dispatcher.add_ready(worker)
+            self.dispatcher.add_ready(worker)
         else:
             self._report_failed_initializer(worker, frame)
             worker.state = State.LEAVING
@@ -296,11 +295,11 @@ class Supervisor:
         self._report_failed_start(worker, make_error)
 
     def _report_failed_start(self, worker: Worker, make_error: Callable[[], BaseException]) -> None:
-        self._dispatcher.remove(worker)
+        self.dispatcher.remove(worker)
         self._fail_start(make_error)
 
     def _fail_start(self, make_error: Callable[[], BaseException]) -> None:
-        if self._dispatcher.fail_start(make_error):
+        if self.dispatcher.fail_start(make_error):
             self._start_failures += 1
             delay = min(FIRST_DELAY * 2**self._start_failures, LONGEST_DELAY)
             self._start_again_at = time.monotonic() + delay
@@ -326,7 +325,7 @@ class Supervisor:
         died_starting = worker.state is State.STARTING
         worker.state = State.ENDED
         worker.deadline = None
-        if self._dispatcher.remove(worker):
+        if self.dispatcher.remove(worker):
             worker.hang_up()  # its call will hand it over
             return
         if died_starting and not self._dismissed:
@@ -364,7 +363,7 @@ class Supervisor:
     def _advance_stop(self) -> None:
         if self._stop_at is None:
             return
-        if not self._dismissed and (self._dispatcher.is_quiet() or time.monotonic() >= self._stop_at):
+        if not self._dismissed and (self.dispatcher.is_quiet() or time.monotonic() >= self._stop_at):
             self._dismiss_all()
         if self._dismissed and all(worker.state is State.ENDED for worker in self._workers):
             self.finished = True
@@ -372,8 +371,8 @@ class Supervisor:
     def _dismiss_all(self) -> None:
         """Send idle workers home and kill the others."""
         self._dismissed = True
-        self._dispatcher.fail_queue(lambda: PoolClosed(self._settings.name))
-        for worker in self._dispatcher.take_idle():
+        self.dispatcher.fail_queue(lambda: PoolClosed(self._settings.name))
+        for worker in self.dispatcher.take_idle():
             if worker.state is State.READY:
                 worker.state = State.LEAVING
                 worker.deadline = time.monotonic() + self._settings.grace
@@ -384,9 +383,9 @@ class Supervisor:
 
     def _give_up(self, error: BaseException) -> None:
         """The thread itself failed: let nobody wait for it."""
-        self._dispatcher.close()
+        self.dispatcher.close()
         text = f"the pool's supervisor failed, which is a bug in cpupool: {type(error).__name__}: {error}"
-        self._dispatcher.fail_queue(lambda: PoolBroken(text, error))
+        self.dispatcher.fail_queue(lambda: PoolBroken(text, error))
         for worker in list(self._workers):
             self._kill(worker)
             if worker.state is not State.ENDED:

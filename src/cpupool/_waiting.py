@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractContextManager
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Waits(Protocol):
         """Make a ticket that this task or thread is going to wait for."""
         ...
 
-    async def settled(self, ticket: Ticket) -> None:
+    def settled(self, ticket: Ticket) -> Awaitable[object]:
         """Wait until it is settled."""
         ...
 
@@ -70,13 +70,11 @@ class Ticket:
         return hasattr(self, "_token")
 
     def settle(self, value: object = None, error: BaseException | None = None) -> bool:
-        """Set the outcome and wake the one who waits.  Only one thread at a time may try.
+        """Set the outcome and wake the one who waits.  Whoever holds the ticket does it, once.
 
         Returns:
             False if nobody will take the outcome: the ticket was withdrawn, or its event loop is closed.
         """
-        if not self.is_open:
-            return False
         self.value, self.error = value, error  # before it can be seen to be settled
         if self.withdraw() and self._wake(self):
             return True
