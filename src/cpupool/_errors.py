@@ -15,7 +15,7 @@ from . import _payload
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any
 
 __all__ = [
     "CpuPoolError",
@@ -251,11 +251,6 @@ def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "
 def _sendable(item: str | bytes | None) -> str | bytes | None:
     """Replace what pickle cannot encode in a text: lone surrogates."""
     return str.encode(item, "utf-8", "backslashreplace").decode() if isinstance(item, str) else item
-
-
-def raise_error(body: memoryview | bytes, task: str) -> NoReturn:
-    """Raise what an ERROR frame carries (pool side), with the worker's traceback as its cause."""
-    raise decode_error(body, task)
 
 
 def decode_error(body: memoryview | bytes, task: str) -> BaseException:
