@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ import pytest
 import uvloop
 
 TESTS = Path(__file__).parent
+
+# Where programs of tests put temporary files: multiprocessing's fork server leaves a folder when its program is killed.
+TEMPORARY = tempfile.TemporaryDirectory(prefix="cpupool-")
 START_METHODS = ["forkserver", "spawn", "fork"]
 
 # CPython warns when a process with threads forks.  The pool's own thread makes every user of "fork" one; they asked.
@@ -144,4 +148,4 @@ def environment(**changes: str) -> dict[str, str]:
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     unusual = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
     environ = {name: value for name, value in os.environ.items() if name not in unusual}
-    return {**environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": TEMPORARY.name, **changes}
