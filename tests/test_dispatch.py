@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cpupool._dispatch import Dispatcher
-from cpupool._errors import PoolClosed
+from cpupool._dispatch import Dispatcher, Lease
+from cpupool._errors import PoolClosed, PoolFull
 from cpupool._waiting import Ticket
+
+numbers = itertools.count(1)
 
 
 def make_ticket(woken: list[Ticket] | None = None) -> Ticket:
@@ -20,99 +26,190 @@ def make_ticket(woken: list[Ticket] | None = None) -> Ticket:
     return Ticket(None, wake)
 
 
-def ready_dispatcher(workers: int) -> Dispatcher[str]:
-    dispatcher: Dispatcher[str] = Dispatcher(workers, "test", bool)
+def ready_dispatcher(workers: int, max_pending: int | None = None) -> Dispatcher[str]:
+    dispatcher: Dispatcher[str] = Dispatcher(workers, "test", bool, max_pending=max_pending)
     for number in range(workers):
-        dispatcher.add_starting(f"worker {number}")
+        dispatcher.expect(f"worker {number}")
         dispatcher.add_ready(f"worker {number}")
     return dispatcher
 
 
+def borrow(dispatcher: Dispatcher[str]) -> Lease[str]:
+    lease: Lease[str] = Lease(next(numbers))
+    assert dispatcher.borrow_idle(lease)
+    assert lease.worker is not None
+    return lease
+
+
+def enqueue(dispatcher: Dispatcher[str], ticket: Ticket | None = None, deadline: float = math.inf) -> Lease[str]:
+    lease: Lease[str] = Lease(next(numbers))
+    lease.ticket = ticket or make_ticket()
+    lease.asked = time.monotonic()
+    assert not dispatcher.enqueue(lease, deadline)
+    return lease
+
+
+def withdraw(dispatcher: Dispatcher[str], lease: Lease[str]) -> None:
+    assert lease.ticket is not None
+    assert lease.ticket.withdraw()
+    dispatcher.has_withdrawn = True
+
+
 def test_a_returned_worker_goes_to_the_first_in_the_queue() -> None:
     dispatcher = ready_dispatcher(1)
-    worker = dispatcher.borrow_idle()
-    assert worker is not None
+    lease = borrow(dispatcher)
     woken: list[Ticket] = []
-    tickets = [make_ticket(woken) for _ in range(3)]
-    for ticket in tickets:
-        dispatcher.enqueue(ticket)
-    for _ in tickets:
-        dispatcher.give_back(worker)
-    assert woken == tickets
+    waiting = [enqueue(dispatcher, make_ticket(woken)) for _ in range(3)]
+    for heir in waiting:
+        assert dispatcher.give_back(lease)
+        assert lease.worker is None
+        lease = heir
+        assert lease.worker == "worker 0"
+    assert woken == [each.ticket for each in waiting]
     assert dispatcher.counts() == (0, 0, 1, 0)
 
 
-def test_withdrawn_tickets_are_passed_over() -> None:
+def test_withdrawn_calls_are_passed_over() -> None:
     dispatcher = ready_dispatcher(1)
-    worker = dispatcher.borrow_idle()
-    assert worker is not None
-    first, second = make_ticket(), make_ticket()
-    dispatcher.enqueue(first)
-    dispatcher.enqueue(second)
-    assert first.withdraw()
-    dispatcher.give_back(worker)
-    assert first.value is None
-    assert second.value == worker
+    lease = borrow(dispatcher)
+    first, second = enqueue(dispatcher), enqueue(dispatcher)
+    withdraw(dispatcher, first)
+    dispatcher.give_back(lease)
+    assert first.worker is None
+    assert second.worker == "worker 0"
 
 
 def test_a_worker_offered_to_a_closed_event_loop_goes_to_the_next() -> None:
     """`_wake` returns False when the one who waited can never run again."""
     dispatcher = ready_dispatcher(1)
-    worker = dispatcher.borrow_idle()
-    assert worker is not None
-    lost, next_one = Ticket(None, lambda _: False), make_ticket()
-    dispatcher.enqueue(lost)
-    dispatcher.enqueue(next_one)
-    dispatcher.give_back(worker)
-    assert next_one.value == worker
-    assert lost.value is None, "or its owner, collected later, would give back somebody else's worker"
+    lease = borrow(dispatcher)
+    lost, next_one = enqueue(dispatcher, Ticket(None, lambda _: False)), enqueue(dispatcher)
+    dispatcher.give_back(lease)
+    assert next_one.worker == "worker 0"
+    assert lost.worker is None, "or its owner, collected later, would give back somebody else's worker"
 
 
 def test_a_failed_start_leaves_the_queue_to_the_workers_that_are_left() -> None:
     dispatcher = ready_dispatcher(2)
-    first, second = dispatcher.borrow_idle(), dispatcher.borrow_idle()
-    assert first is not None
-    assert second is not None
-    waiting, warm_up = make_ticket(), make_ticket()
-    dispatcher.enqueue(waiting)
-    dispatcher.remove(first)
+    first, second = borrow(dispatcher), borrow(dispatcher)
+    waiting, warm_up = enqueue(dispatcher), make_ticket()
+    assert first.worker is not None
+    dispatcher.remove(first.worker)
     dispatcher.want_all(warm_up)
     assert dispatcher.fail_start(lambda: RuntimeError("no process")) is True
     assert isinstance(warm_up.error, RuntimeError)
-    assert waiting.is_open
+    assert waiting.is_waiting
     assert dispatcher.give_back(second)
-    assert waiting.value == second
+    assert waiting.worker is not None
 
 
 def test_a_worker_that_died_before_it_came_back_is_left_to_its_owner() -> None:
     dispatcher = ready_dispatcher(1)
-    worker = dispatcher.borrow_idle()
-    assert worker is not None
-    assert dispatcher.remove(worker) is True
-    assert dispatcher.give_back(worker) is False
+    lease = borrow(dispatcher)
+    assert dispatcher.remove("worker 0") is True
+    assert dispatcher.give_back(lease) is False
     assert dispatcher.counts() == (0, 0, 0, 0)
+    assert dispatcher.take_over(lease) == "worker 0"
 
 
-def test_withdrawn_tickets_do_not_pile_up() -> None:
+def test_a_doomed_worker_cannot_be_given_back() -> None:
     dispatcher = ready_dispatcher(1)
-    dispatcher.borrow_idle()
+    lease = borrow(dispatcher)
+    waiting = enqueue(dispatcher)
+    assert dispatcher.doom(lease) is True
+    assert dispatcher.give_back(lease) is False
+    assert waiting.is_waiting
+    assert dispatcher.take_over(lease) == "worker 0"
+    assert dispatcher.shortfall() == 1
+
+
+def test_a_worker_that_came_back_in_time_cannot_be_doomed() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    waiting = enqueue(dispatcher)
+    assert dispatcher.give_back(lease)
+    assert dispatcher.doom(lease) is False
+    assert waiting.worker == "worker 0"
+    assert dispatcher.give_back(waiting)
+
+
+def test_a_recovering_worker_is_expected_and_not_replaced() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    waiting = enqueue(dispatcher)
+    assert dispatcher.take_over(lease, expected=True) == "worker 0"
+    assert dispatcher.counts() == (1, 0, 0, 1)
+    assert dispatcher.shortfall() == 0
+    dispatcher.add_ready("worker 0")
+    assert waiting.worker == "worker 0"
+
+
+def test_withdrawn_calls_do_not_pile_up() -> None:
+    dispatcher = ready_dispatcher(1)
+    borrow(dispatcher)
     for _ in range(10_000):
-        ticket = make_ticket()
-        dispatcher.enqueue(ticket)
-        ticket.withdraw()
-    assert len(dispatcher._queue) <= 64
+        withdraw(dispatcher, enqueue(dispatcher, deadline=1e9))
+    assert len(dispatcher._queue) + len(dispatcher._queue_deadlines) <= 64
+
+
+def test_the_first_to_expire_is_not_always_the_first_in_the_queue() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    patient, hasty, served = (enqueue(dispatcher, deadline=deadline) for deadline in (30.0, 10.0, math.inf))
+    assert dispatcher.next_queue_deadline() == 10.0
+    dispatcher.expire_queue(9.0)
+    assert hasty.is_waiting
+    dispatcher.expire_queue(10.0)
+    assert not hasty.is_waiting
+    assert hasty.worker is None
+    assert dispatcher.next_queue_deadline() == 30.0
+    dispatcher.give_back(lease)
+    assert patient.worker is not None
+    assert dispatcher.next_queue_deadline() == math.inf
+    dispatcher.expire_queue(1e9)
+    assert served.is_waiting
+    dispatcher.give_back(patient)
+    assert served.worker is not None
+
+
+def test_no_more_calls_wait_than_max_pending_allows() -> None:
+    dispatcher = ready_dispatcher(1, max_pending=2)
+    lease = borrow(dispatcher)
+    lease.started = time.monotonic() - 3
+    first, second = enqueue(dispatcher), enqueue(dispatcher)
+    with pytest.raises(PoolFull) as caught:
+        enqueue(dispatcher)
+    assert caught.value.pending == 2
+    assert caught.value.retry_after == pytest.approx(9, abs=0.5), "3 calls, of 3 s each as far as anyone knows"
+    withdraw(dispatcher, first)
+    third = enqueue(dispatcher)
+    dispatcher.give_back(lease)
+    assert second.worker is not None
+    second.started = time.monotonic() - 3
+    enqueue(dispatcher)
+    with pytest.raises(PoolFull) as caught:
+        enqueue(dispatcher)
+    assert caught.value.retry_after == pytest.approx(9, abs=0.5)
+    assert third.is_waiting
+
+
+def test_workers_that_are_to_come_leave_room_for_calls() -> None:
+    """Or a pool that has not started yet could take no call with `max_pending=0`."""
+    dispatcher: Dispatcher[str] = Dispatcher(2, "test", bool, max_pending=0)
+    enqueue(dispatcher)
+    enqueue(dispatcher)
+    with pytest.raises(PoolFull):
+        enqueue(dispatcher)
 
 
 def test_a_failed_start_fails_who_waits_and_is_not_repeated() -> None:
     notified: list[None] = []
     dispatcher: Dispatcher[str] = Dispatcher(2, "test", lambda: notified.append(None))
-    tickets = [make_ticket(), make_ticket()]
-    for ticket in tickets:
-        assert dispatcher.enqueue(ticket) is None
+    waiting = [enqueue(dispatcher), enqueue(dispatcher)]
     assert notified
     assert dispatcher.shortfall() == 2
     assert dispatcher.fail_start(lambda: RuntimeError("no process")) is False
-    errors = [ticket.error for ticket in tickets]
+    errors = [lease.ticket.error for lease in waiting if lease.ticket is not None]
     assert [str(error) for error in errors] == ["no process", "no process"]
     assert errors[0] is not errors[1]
     assert dispatcher.shortfall() == 0
@@ -121,9 +218,8 @@ def test_a_failed_start_fails_who_waits_and_is_not_repeated() -> None:
 def test_a_dead_worker_is_missed_at_once() -> None:
     dispatcher = ready_dispatcher(2)
     assert dispatcher.shortfall() == 0
-    worker = dispatcher.borrow_idle()
-    assert worker is not None
-    assert dispatcher.remove(worker) is True
+    borrow(dispatcher)
+    assert dispatcher.remove("worker 1") is True
     assert dispatcher.shortfall() == 1
 
 
@@ -133,24 +229,25 @@ def test_warm_up_is_done_when_no_worker_is_missing() -> None:
     dispatcher.want_all(make_ticket(woken))
     assert dispatcher.shortfall() == 2
     for name in ("a", "b"):
-        dispatcher.add_starting(name)
+        dispatcher.expect(name)
     dispatcher.add_ready("a")
+    dispatcher.settle_warm_ups()
     assert not woken
     dispatcher.add_ready("b")
+    dispatcher.settle_warm_ups()
     assert len(woken) == 1
 
 
-def test_a_closed_dispatcher_takes_no_ticket_but_serves_those_it_took() -> None:
+def test_a_closed_dispatcher_takes_no_call_but_serves_those_it_took() -> None:
     dispatcher: Dispatcher[str] = Dispatcher(1, "test", bool)
-    accepted = make_ticket()
-    dispatcher.enqueue(accepted)
+    accepted = enqueue(dispatcher)
     dispatcher.close()
     with pytest.raises(PoolClosed):
-        dispatcher.enqueue(make_ticket())
+        enqueue(dispatcher)
     assert dispatcher.shortfall() == 1
-    dispatcher.add_starting("a")
+    dispatcher.expect("a")
     dispatcher.add_ready("a")
-    assert accepted.value == "a"
+    assert accepted.worker == "a"
 
 
 class DispatcherMachine(RuleBasedStateMachine):
@@ -158,59 +255,100 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dispatcher: Dispatcher[int] = Dispatcher(3, "test", bool)
-        self.born = 0
-        self.starting: set[int] = set()
-        self.lent: set[int] = set()
-        self.waiting: list[Ticket] = []
-        self.alive: set[int] = set()
+        self.dispatcher: Dispatcher[str] = Dispatcher(3, "test", bool, max_pending=5)
+        self.expected: set[str] = set()
+        self.lent: dict[str, Lease[str]] = {}
+        self.doomed: set[str] = set()
+        self.waiting: list[Lease[str]] = []
+        self.deadlines: dict[int, int] = {}
+        self.now = 0
+        self.alive: set[str] = set()
 
     def _collect(self) -> None:
         """Note who was served: always the first of those who wait."""
-        while self.waiting and self.waiting[0].value is not None:
-            self.lent.add(self.waiting.pop(0).value)
-        assert all(ticket.value is None for ticket in self.waiting)
+        while self.waiting and self.waiting[0].worker is not None:
+            lease = self.waiting.pop(0)
+            assert lease.worker is not None
+            self.lent[lease.worker] = lease
+        assert all(lease.worker is None and lease.is_waiting for lease in self.waiting)
+
+    @rule(patience=st.integers(1, 9))
+    def call(self, patience: int) -> None:
+        lease: Lease[str] = Lease(next(numbers))
+        if self.dispatcher.borrow_idle(lease):
+            assert not self.waiting
+            assert lease.worker is not None
+            self.lent[lease.worker] = lease
+            return
+        lease.ticket = make_ticket()
+        room = 5 + 3 - len(self.lent) - len(self.doomed)
+        try:
+            self.dispatcher.enqueue(lease, self.now + patience)
+        except PoolFull:
+            assert len(self.waiting) >= room
+        else:
+            assert len(self.waiting) < room
+            self.waiting.append(lease)
+            self.deadlines[lease.task_id] = self.now + patience
+            self._collect()
 
     @rule()
-    def call(self) -> None:
-        worker = self.dispatcher.borrow_idle()
-        if worker is not None:
-            assert not self.waiting
-            self.lent.add(worker)
-            return
-        ticket = make_ticket()
-        self.waiting.append(ticket)
-        self.dispatcher.enqueue(ticket)
+    def time_passes(self) -> None:
+        self.now += 1
+        self.dispatcher.expire_queue(self.now)
+        overdue = [lease for lease in self.waiting if self.deadlines[lease.task_id] <= self.now]
+        for lease in overdue:
+            assert not lease.is_waiting
+            assert lease.worker is None
+            self.waiting.remove(lease)
         self._collect()
+        first = min((self.deadlines[lease.task_id] for lease in self.waiting), default=math.inf)
+        assert self.dispatcher.next_queue_deadline() == first
 
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.lent)))
-        self.lent.discard(worker)
-        self.dispatcher.give_back(worker)
+        lease = self.lent.pop(data.draw(st.sampled_from(sorted(self.lent))))
+        assert self.dispatcher.give_back(lease) is True
+        assert lease.worker is None
         self._collect()
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.lent)))
+        assert self.dispatcher.take_over(self.lent.pop(worker), expected=True) == worker
+        self.expected.add(worker)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def doom(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.lent)))
+        lease = self.lent.pop(worker)
+        assert self.dispatcher.doom(lease)
+        assert self.dispatcher.give_back(lease) is False
+        self.doomed.add(worker)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        ticket = data.draw(st.sampled_from(self.waiting))
-        assert ticket.withdraw()
-        self.waiting.remove(ticket)
+        lease = data.draw(st.sampled_from(self.waiting))
+        withdraw(self.dispatcher, lease)
+        self.waiting.remove(lease)
 
     @rule()
     def start_missing(self) -> None:
         for _ in range(self.dispatcher.shortfall()):
-            self.born += 1
-            self.starting.add(self.born)
-            self.alive.add(self.born)
-            self.dispatcher.add_starting(self.born)
+            worker = f"worker {next(numbers)}"
+            self.expected.add(worker)
+            self.alive.add(worker)
+            self.dispatcher.expect(worker)
 
-    @precondition(lambda self: self.starting)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def become_ready(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.starting)))
-        self.starting.discard(worker)
+        worker = data.draw(st.sampled_from(sorted(self.expected)))
+        self.expected.discard(worker)
         self.dispatcher.add_ready(worker)
         self._collect()
 
@@ -218,21 +356,26 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.alive)))
-        assert self.dispatcher.remove(worker) is (worker in self.lent)
-        for each in (self.alive, self.starting, self.lent):
+        assert self.dispatcher.remove(worker) is (worker in self.lent or worker in self.doomed)
+        if (lease := self.lent.pop(worker, None)) is not None:
+            assert self.dispatcher.give_back(lease) is False
+            assert self.dispatcher.take_over(lease) == worker
+        for each in (self.alive, self.expected, self.doomed):
             each.discard(worker)
 
     @invariant()
     def every_worker_is_in_one_place(self) -> None:
-        idle = self.alive - self.starting - self.lent
-        assert self.dispatcher.counts() == (len(self.starting), len(idle), len(self.lent), len(self.waiting))
+        busy = len(self.lent) + len(self.doomed)
+        idle = len(self.alive) - len(self.expected) - busy
+        assert self.dispatcher.counts() == (len(self.expected), idle, busy, len(self.waiting))
         assert len(self.alive) <= 3
 
     @invariant()
     def nobody_waits_while_a_worker_is_idle_or_missing(self) -> None:
         if self.waiting:
-            assert not self.alive - self.starting - self.lent
-            assert len(self.alive) + self.dispatcher.shortfall() >= min(3, len(self.lent) + len(self.waiting))
+            busy = len(self.lent) + len(self.doomed)
+            assert len(self.alive) == len(self.expected) + busy
+            assert len(self.alive) + self.dispatcher.shortfall() >= min(3, busy + len(self.waiting))
 
 
 TestDispatcher = DispatcherMachine.TestCase

@@ -17,11 +17,14 @@ SOURCE = Path(cpupool.__file__).parent
 
 # The map in the package's docstring.  A module may import from lower layers, and from its own, but never upwards.
 LAYERS = [
-    {"_frames", "_payload", "_errors", "_roles", "_waiting", "_forking", "_settings", "_chunks", "_sizing"},
+    {"_frames", "_payload", "_errors", "_current", "_roles", "_waiting", "_forking", "_settings", "_chunks", "_sizing"},
     {"_child", "_asyncio_waits", "_trio_waits"},
     {"_process", "_dispatch"},
     {"_worker"},
-    {"_call", "_supervisor"},
+    {"_crew"},
+    {"_births", "_stopping"},
+    {"_supervisor"},
+    {"_call"},
     {"_pool", "_default"},
     {"__init__"},
     {"domains", "_doctor", "__main__"},
@@ -107,4 +110,4 @@ def test_a_worker_of_this_suite_loads_the_least() -> None:
     with cpupool.CpuPool(1, mp_context="spawn") as pool:
         loaded = pool.run_sync(tasks.loaded_modules)
     engine = {name.removeprefix("cpupool.") for name in loaded if name.startswith("cpupool.")}
-    assert engine == {"_child", "_errors", "_frames", "_payload", "_roles"}
+    assert engine == {"_child", "_current", "_errors", "_frames", "_payload", "_roles"}

@@ -3,16 +3,20 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _roles _waiting _forking _settings _chunks _sizing
-                          the wire, pickling, exceptions, roles of a process, waiting, forks, settings, cutting, limits
+    0  _frames _payload _errors _current _roles _waiting _forking _settings _chunks _sizing
+                          the wire, pickling, exceptions, the running task, roles of a process, waiting, forks,
+                          settings, cutting, limits
     1  _child _asyncio_waits _trio_waits
                           what runs in a worker; waiting in a task
     2  _process _dispatch  one OS process; who gets which worker
     3  _worker             one worker seen from the pool
-    4  _call _supervisor   one call on its way; the thread that starts, replaces, kills and reaps
-    5  _pool _default      CpuPool and the process's default pool
-    6  __init__            this file
-    7  domains _doctor __main__
+    4  _crew               the workers of a pool, and sleeping until one needs attention
+    5  _births _stopping   how workers become ready; how tasks are stopped
+    6  _supervisor         the thread that does all that, and replaces and reaps
+    7  _call               one call on its way
+    8  _pool _default      CpuPool and the process's default pool
+    9  __init__            this file
+ 10  domains _doctor __main__
                           the reference workload and the command line
 """
 
@@ -23,6 +27,8 @@ from importlib import import_module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._chunks import split_text as split_text
+    from ._current import Task as Task
+    from ._current import current_task as current_task
     from ._default import configure_default as configure_default
     from ._default import default_pool as default_pool
     from ._default import run as run
@@ -31,12 +37,17 @@ if TYPE_CHECKING:
     from ._errors import InitializerFailed as InitializerFailed
     from ._errors import PoolBroken as PoolBroken
     from ._errors import PoolClosed as PoolClosed
+    from ._errors import PoolFull as PoolFull
+    from ._errors import QueueTimeout as QueueTimeout
     from ._errors import RemoteError as RemoteError
     from ._errors import RemoteTraceback as RemoteTraceback
     from ._errors import ResultNotPicklable as ResultNotPicklable
+    from ._errors import TaskInterrupted as TaskInterrupted
     from ._errors import TaskNotPicklable as TaskNotPicklable
+    from ._errors import TaskTimeout as TaskTimeout
     from ._errors import WorkerDied as WorkerDied
     from ._pool import CpuPool as CpuPool
+    from ._pool import CpuPoolView as CpuPoolView
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._sizing import usable_cpus as usable_cpus
@@ -62,6 +73,13 @@ _HOMES = {
     "run_sync": "_default",
     "split_text": "_chunks",
     "usable_cpus": "_sizing",
+    "CpuPoolView": "_pool",
+    "PoolFull": "_errors",
+    "QueueTimeout": "_errors",
+    "TaskInterrupted": "_errors",
+    "TaskTimeout": "_errors",
+    "Task": "_current",
+    "current_task": "_current",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # a list of str

@@ -1,15 +1,18 @@
 """What runs in a worker process.
 
 Theory of operation: the process's one connection to the pool is a socket whose other end only its pool holds.  It reads
-a CALL frame, runs it, answers with RESULT or ERROR, and reads the next.  Nothing a task does may unbalance that: a
-frame is read whole before it is unpickled, every exception becomes an ERROR frame, and standard input, output and error
-are never the protocol.
+a CALL frame, runs it, answers with RESULT, ERROR or INTERRUPTED, and reads the next.  Nothing a task does may unbalance
+that: a frame is read whole before it is unpickled, every exception becomes a frame, and standard input, output and
+error are never the protocol.
 
 Rules: stdlib and layer 0 only, and nothing of asyncio, so that a worker starts in milliseconds.
 
-The *status page* is one file of memory that both sides hold.  Its first page is written by the worker: the id of the
-task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun.  Behind that page
-`faulthandler` appends the Python stack of a crash.
+The *status page* is one file of memory that both sides hold; its cells are numbered below.  The worker writes which
+task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun, and which it last
+finished.  The pool writes which task it has condemned, and then sends the interrupt signal.  Behind that page
+`faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels it.
+
+How an interrupt can only hit the task it is meant for: see `Interrupts`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import sys
 import threading
 
 from . import _payload, _roles
-from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, encode_error
-from ._frames import FrameDecoder, Kind, encode_frame
+from ._current import Task, set_current_task
+from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error
+from ._frames import FrameDecoder, Kind, encode_frame, split_call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +40,12 @@ if TYPE_CHECKING:
     from ._frames import Frame
 
 STATUS_PAGE_SIZE = mmap.PAGESIZE
+PICKED_UP, CONDEMNED, FINISHED = range(3)  # cells of the status page: task ids, each a native unsigned 64-bit number
+CELL_SIZE = 8
+
+# Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
+# often registered for one of them, and that would take the interrupt away.
+INTERRUPT_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 # Threads that numerical libraries start for themselves; each reads its variable once, when it is imported.
 THREAD_LIMIT_VARIABLES = (
@@ -134,6 +144,8 @@ def main(setup: Setup | PickledSetup) -> None:
     _limit_library_threads(setup.threads)
     _die_with_parent(setup.liveness)
     page = _open_status_page(setup.status)
+    interrupts = Interrupts(page)
+    _await_interrupts(interrupts, setup.status)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
@@ -147,19 +159,55 @@ def main(setup: Setup | PickledSetup) -> None:
     _flush_output()
     try:
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, page)
+        _serve(channel, page, interrupts)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     atexit._run_exitfuncs()  # a forked process ends without them
     _flush_output(load_libc=True)
 
 
-def _serve(channel: socket.socket, page: memoryview) -> None:
+class Interrupts:
+    """Lets the pool's interrupt raise `TaskInterrupted` in the task it is meant for, and never anywhere else.
+
+    Rules: the pool writes the condemned task's id into the page before it sends the signal; a task is armed before it
+    looks at the page.  So whichever comes first, the signal or the task, one of the two sees the other.  A signal that
+    comes when its task is not armed, be it late or early, does nothing: the page names another task, or none is armed.
+
+    Attributes:
+        armed: the id of the task that may be interrupted now, 0 for none.  A task is interrupted once at most.
+        hit: True if the task that was armed last has been interrupted.
+    """
+
+    __slots__ = ("armed", "hit", "page")
+
+    def __init__(self, page: memoryview) -> None:
+        self.page = page
+        self.armed = 0
+        self.hit = False
+
+    def arm(self, task_id: int) -> None:
+        """Let `task_id` be interrupted from now on; raises at once if it is condemned already."""
+        self.hit = False
+        self.armed = task_id
+        self.raise_if_condemned()
+
+    def raise_if_condemned(self, *_: object) -> None:
+        """Handle the signal: raise in the task that is armed, if it is the one."""
+        if self.armed and self.page[CONDEMNED] == self.armed:
+            self.armed = 0
+            self.hit = True
+            raise TaskInterrupted
+
+
+def _serve(channel: socket.socket, page: memoryview, interrupts: Interrupts) -> None:
     decoder = FrameDecoder()
     while (frame := _next_frame(channel, decoder, page)) is not None and frame.kind is not Kind.BYE:
-        reply = _run_call(frame.task_id, frame.body)
+        task_id = frame.task_id
+        reply = _run_call(task_id, frame.body, interrupts)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
+        set_current_task(None)
         _flush_output()
+        page[FINISHED] = task_id
         channel.sendall(reply)
         del reply
 
@@ -168,32 +216,41 @@ def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview)
     """Wait for a whole frame and note its task in the status page; None at the end of the connection."""
     while (frame := decoder.next_frame()) is None:
         if decoder.incoming_task_id is not None:
-            page[0] = decoder.incoming_task_id  # its header is enough: it must not go to another worker any more
+            page[PICKED_UP] = decoder.incoming_task_id  # its header is enough: it must not go to another worker now
         data = channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE))
         if not data:
             return None
         decoder.feed(data)
-    page[0] = frame.task_id
+    page[PICKED_UP] = frame.task_id
     return frame
 
 
-def _run_call(task_id: int, body: memoryview) -> bytes:
+def _run_call(task_id: int, body: memoryview, interrupts: Interrupts) -> bytes:
     """Run one task; return the frame that answers it, whatever happens."""
     stage = STAGE_ARGUMENTS
     subject = ""
     try:
-        fn, args, kwargs = _payload.loads(body)
-        stage = STAGE_TASK
-        result = fn(*args, **kwargs)
-        stage = STAGE_RESULT
-        subject = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
-        return encode_frame(Kind.RESULT, task_id, _payload.dumps(result))
+        try:
+            interrupts.arm(task_id)
+            attempt, label, call = split_call(body)
+            set_current_task(Task(task_id, label.decode() if label else None, attempt))
+            fn, args, kwargs = _payload.loads(call)
+            stage = STAGE_TASK
+            result = fn(*args, **kwargs)
+            stage = STAGE_RESULT
+            subject = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
+            return encode_frame(Kind.RESULT, task_id, _payload.dumps(result))
+        finally:
+            interrupts.armed = 0  # up to here an interrupt may come; it leads to the next line, even from this one
     except BaseException as error:
+        if isinstance(error, TaskInterrupted) and interrupts.hit:
+            return encode_frame(Kind.INTERRUPTED, task_id)
         if stage is STAGE_TASK and error.__traceback__ is not None:
             error.__traceback__ = error.__traceback__.tb_next  # from the task's own first line
         elif stage is STAGE_RESULT:
             error = _Reason(error)
-        return encode_frame(Kind.ERROR, task_id, encode_error(error, stage, subject))
+        kind = Kind.INTERRUPTED if interrupts.hit else Kind.ERROR
+        return encode_frame(kind, task_id, encode_error(error, stage, subject))
 
 
 class _Reason(Exception):
@@ -285,6 +342,12 @@ def _open_status_page(status: int) -> memoryview:
     os.lseek(status, STATUS_PAGE_SIZE, os.SEEK_SET)
     faulthandler.enable(status, all_threads=False)
     return memoryview(mmap.mmap(status, STATUS_PAGE_SIZE)).cast("Q")
+
+
+def _await_interrupts(interrupts: Interrupts, status: int) -> None:
+    """Handle the interrupt signal: first `faulthandler` writes the stack, then Python runs the handler."""
+    signal.signal(INTERRUPT_SIGNAL, interrupts.raise_if_condemned)
+    faulthandler.register(INTERRUPT_SIGNAL, status, all_threads=False, chain=True)
 
 
 _flush_libc: Callable[[None], object] | None = None

@@ -2,22 +2,30 @@
 
 Rules:
 
-- Every worker the dispatcher knows is in exactly one place: starting, idle, or lent to one call.  What is in none of
-  them belongs to the supervisor.
+- Every worker the dispatcher knows is in exactly one place: expected (it starts, or recovers from an interrupt), idle,
+  or lent under one lease.  What is in none of them belongs to the supervisor, or is on its way to it.
+- A lease holds its worker from the moment it is written into it, under the lock, until it is taken out of it, under the
+  lock.  Whoever gives up a call needs to know nothing else.
 - No I/O, no user code and no waiting under the lock.  Who has to be woken is woken after it is released.
 - Waiting is first come, first served.  A worker that comes back goes to the first in the queue; it becomes idle only
   when nobody waits.
+- A signal handler may raise in the main thread after any function call, but nowhere else.  So within `with self._lock`
+  a worker is written to where it goes before it is deleted from where it was, and a call comes last.
 
 It knows nothing of processes: the worker type is a parameter, and the tests use plain objects.
 """
 
 from __future__ import annotations
 
+import enum
+import heapq
+import math
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ._errors import PoolClosed
+from ._errors import PoolClosed, PoolFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +35,57 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 
 _SWEEP_AT_LEAST = 64
+_SMOOTHING = 0.1  # weight of the newest run time in the average
+
+
+class Verdict(enum.Enum):
+    """Why the supervisor stops a task."""
+
+    TIMED_OUT = "timed out"
+    GIVEN_UP = "given up"  # by its caller, who is gone
+    POOL_CLOSED = "pool closed"
+
+
+class Lease(Generic[W]):
+    """One attempt's claim on a worker: made before it has one, and over when the worker has left it.
+
+    Rules: the call sets `ticket`, and `started` and `deadline` when it sends the task; from `verdict` on, `deadline` is
+    the supervisor's.  All times are monotonic.
+
+    Attributes:
+        task_id: of the attempt.
+        worker: what it holds, or None.
+        ticket: what it waits on in the queue, None if it has not waited.
+        heir: the lease to which its worker went next.
+        asked: when it began to wait, 0 if it has not.
+        started: when the task was sent, 0 before.
+        deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
+        verdict: why the supervisor has interrupted it, or None.
+        interrupted: when that was, or infinite.
+    """
+
+    __slots__ = ("asked", "deadline", "heir", "interrupted", "started", "task_id", "ticket", "verdict", "worker")
+
+    def __init__(self, task_id: int) -> None:
+        self.task_id = task_id
+        self.worker: W | None = None
+        self.ticket: Ticket | None = None
+        self.heir: Lease[W] | None = None
+        self.asked = 0.0
+        self.started = 0.0
+        self.deadline = math.inf
+        self.interrupted = math.inf
+        self.verdict: Verdict | None = None
+
+    @property
+    def queued(self) -> float:
+        """How long it has waited for its worker, in seconds."""
+        return self.started - self.asked if self.asked else 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while it is in the queue and wants a worker."""
+        return self.ticket is not None and self.ticket.is_open
 
 
 class Dispatcher(Generic[W]):
@@ -34,115 +93,233 @@ class Dispatcher(Generic[W]):
 
     Attributes:
         max_workers: how many workers there may be at most.
+        max_pending: how many calls may wait when all workers are lent, or None.
         closed: True once no new call is taken.
+        has_withdrawn: set, without the lock, when a waiting call has withdrawn its ticket.
     """
 
-    def __init__(self, max_workers: int, name: str, notify: Callable[[], object]) -> None:
+    def __init__(
+        self, max_workers: int, name: str, notify: Callable[[], object], *, max_pending: int | None = None
+    ) -> None:
         """Args: `notify` is called when a worker may be missing; `shortfall` says how many are."""
         self.max_workers = max_workers
+        self.max_pending = max_pending
         self._notify = notify
         self._name = name
         self.closed = False
+        self.has_withdrawn = False
         self._lock = threading.Lock()
-        self._starting: set[W] = set()
+        self._expected: set[W] = set()
         self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
-        self._lent: set[W] = set()
-        self._queue: deque[Ticket] = deque()  # withdrawn tickets stay in it until they are met, or swept out
+        self._lent: dict[W, Lease[W] | None] = {}  # None: the supervisor will kill it, and it cannot be given back
+        self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
+        self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
+        self._average_run: float | None = None  # seconds
 
     # --- calls ---
 
-    def borrow_idle(self) -> W | None:
-        """Lend an idle worker at once, or return None."""
+    def borrow_idle(self, lease: Lease[W]) -> bool:
+        """Lend an idle worker at once, if there is one."""
         with self._lock:
             if self.closed or not self._idle:
-                return None
-            worker = self._idle.pop()
-            self._lent.add(worker)
-            return worker
+                return False
+            worker = self._idle[-1]
+            lease.worker = worker
+            self._lent[worker] = lease
+            del self._idle[-1]
+        return True
 
-    def enqueue(self, ticket: Ticket) -> W | None:
-        """Lend an idle worker after all, or put the ticket at the end of the queue.
-
-        A queued ticket is settled with a worker, or with the reason why there is none.
-
-        Raises:
-            PoolClosed: the ticket is not taken.
-        """
-        with self._lock:
-            self._check_open()
-            if self._idle:
-                worker = self._idle.pop()
-                self._lent.add(worker)
-                return worker
-            if len(self._queue) >= self._sweep_at:
-                self._queue = deque(each for each in self._queue if each.is_open)
-                self._sweep_at = max(2 * len(self._queue), _SWEEP_AT_LEAST)
-            self._queue.append(ticket)
-            may_grow = len(self._starting) + len(self._lent) < self.max_workers
-        if may_grow:
-            self._notify()
-        return None
-
-    def give_back(self, worker: W) -> bool:
-        """Take a lent worker back and hand it to the first in the queue.
+    def enqueue(self, lease: Lease[W], queue_deadline: float = math.inf) -> bool:
+        """Lend an idle worker after all, or put the lease, with its open ticket, at the end of the queue.
 
         Returns:
-            False if it has died meanwhile and was removed: the caller still owns it, and hands it to the supervisor.
+            True if it has a worker, and its ticket is not needed.
+
+        The ticket of a queued lease is settled when the lease has its worker, or with the reason why there is none;
+        or without either, by `expire_queue` after `queue_deadline`.
+
+        Raises:
+            PoolClosed, PoolFull: the lease is not taken.
         """
+        with self._lock:
+            if self.closed:
+                raise PoolClosed(self._name)
+            if self._idle:
+                worker = self._idle[-1]
+                lease.worker = worker
+                self._lent[worker] = lease
+                lease.ticket = None
+                del self._idle[-1]
+                return True
+            self._check_room()
+            if len(self._queue) + len(self._queue_deadlines) >= self._sweep_at:
+                self._sweep()
+            if queue_deadline < math.inf:
+                heapq.heappush(self._queue_deadlines, (queue_deadline, lease.task_id, lease))
+            self._queue.append(lease)
+            may_grow = len(self._expected) + len(self._lent) < self.max_workers
+        if may_grow:
+            self._notify()
+        return False
+
+    def _check_room(self) -> None:
+        if self.max_pending is None:
+            return
+        room = self.max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
+        if len(self._queue) >= room and self.has_withdrawn:
+            self._sweep()
+        if len(self._queue) >= room:
+            pending = len(self._queue)
+            raise PoolFull(pending, (pending + 1) * self._estimate_run() / self.max_workers)
+
+    def _sweep(self) -> None:
+        self.has_withdrawn = False
+        self._queue = deque(lease for lease in self._queue if lease.is_waiting)
+        self._queue_deadlines = [entry for entry in self._queue_deadlines if entry[2].is_waiting]
+        heapq.heapify(self._queue_deadlines)
+        self._sweep_at = max(2 * (len(self._queue) + len(self._queue_deadlines)), _SWEEP_AT_LEAST)
+
+    def _estimate_run(self) -> float:
+        """Return the average run time in seconds; before any task has ended, the longest so far."""
+        if self._average_run is not None:
+            return self._average_run
+        now = time.monotonic()
+        begun = [lease.started for lease in self._lent.values() if lease is not None and lease.started]
+        return now - min(begun or [lease.asked for lease in self._queue], default=now)
+
+    def give_back(self, lease: Lease[W]) -> bool:
+        """Take the worker out of a lease and hand it to the first in the queue.
+
+        Returns:
+            False if it cannot be given back, because it has died or is about to be killed: then the lease keeps it.
+        """
+        try:
+            return self._pass_on(lease)
+        except BaseException:  # a signal handler raised somewhere in it: finish that first
+            self._pass_on(lease)
+            raise
+
+    def _pass_on(self, lease: Lease[W]) -> bool:
         while True:
             with self._lock:
-                if worker not in self._lent:
-                    return False
-                if not self._queue:
-                    self._lent.discard(worker)
-                    self._idle.append(worker)
-                    return True
-                ticket = self._queue.popleft()
-            if ticket.settle(worker):
+                heir = lease.heir
+                if heir is None:  # else this had begun before, and was broken off
+                    worker = lease.worker
+                    if worker is None:
+                        return True
+                    if self._lent.get(worker) is not lease:
+                        return False
+                    self._note_run(lease)
+                    while self._queue and not self._queue[0].is_waiting:
+                        del self._queue[0]
+                    if not self._queue:
+                        del self._lent[worker]
+                        lease.worker = None
+                        self._idle.append(worker)
+                        return True
+                    heir = self._queue[0]
+                    heir.worker = worker
+                    self._lent[worker] = lease.heir = heir
+                    lease.worker = None
+                    del self._queue[0]
+                ticket = heir.ticket
+            if ticket is not None and ticket.settle():
                 return True
+            lease = heir
 
-    def _present(self) -> int:
-        return len(self._starting) + len(self._idle) + len(self._lent)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise PoolClosed(self._name)
+    def _note_run(self, lease: Lease[W]) -> None:
+        if lease.started:
+            seconds = time.monotonic() - lease.started
+            average = self._average_run
+            self._average_run = seconds if average is None else average + _SMOOTHING * (seconds - average)
 
     # --- supervisor ---
+
+    def take_over(self, lease: Lease[W], *, expected: bool = False) -> W | None:
+        """Take the worker out of a lease whose call gave it up; None if it has left the lease before.
+
+        `expected` says that it is going to be ready again, so that no other is started in its place.
+        """
+        with self._lock:
+            worker = lease.worker
+            lease.worker = None
+            if worker is not None and self._lent.pop(worker, None) is not None and expected:
+                self._expected.add(worker)
+            return worker
+
+    def doom(self, lease: Lease[W]) -> bool:
+        """Decide that the worker of a lease will be killed; False if it has left the lease before."""
+        with self._lock:
+            worker = lease.worker
+            if worker is None or self._lent.get(worker) is not lease:
+                return False
+            self._lent[worker] = None
+            return True
+
+    def leases(self) -> list[Lease[W]]:
+        """Return the leases of all workers that are lent and not going to be killed."""
+        with self._lock:
+            return [lease for lease in self._lent.values() if lease is not None]
+
+    def next_queue_deadline(self) -> float:
+        """Return when the next call has waited long enough."""
+        with self._lock:
+            while self._queue_deadlines and not self._queue_deadlines[0][2].is_waiting:
+                heapq.heappop(self._queue_deadlines)
+            return self._queue_deadlines[0][0] if self._queue_deadlines else math.inf
+
+    def expire_queue(self, now: float) -> None:
+        """Send those away who have waited long enough: settle their tickets without a worker."""
+        overdue = []
+        with self._lock:
+            while self._queue_deadlines and self._queue_deadlines[0][0] <= now:
+                overdue.append(heapq.heappop(self._queue_deadlines)[2].ticket)
+        for ticket in overdue:
+            if ticket is not None:
+                ticket.settle()  # nothing happens to those who were served or sent away before
+        if overdue:
+            self.has_withdrawn = True
 
     def shortfall(self) -> int:
         """Return how many workers should be started now."""
         with self._lock:
-            needed = len(self._lent) + sum(ticket.is_open for ticket in self._queue)
+            needed = len(self._lent) + self._waiting()
             if self.closed:
                 target = needed  # accepted calls still run; nothing is kept for later
             else:
                 target = max(self._wanted, needed)
             return max(min(target, self.max_workers) - self._present(), 0)
 
-    def add_starting(self, worker: W) -> None:
+    def _waiting(self) -> int:
+        return sum(lease.is_waiting for lease in self._queue)
+
+    def _present(self) -> int:
+        return len(self._expected) + len(self._idle) + len(self._lent)
+
+    def expect(self, worker: W) -> None:
         """Note a worker that was started and is not ready yet."""
         with self._lock:
-            self._starting.add(worker)
+            self._expected.add(worker)
             self._wanted = max(self._wanted, self._present())
 
     def add_ready(self, worker: W) -> None:
-        """Note that a starting worker is ready, and lend it to the first in the queue."""
+        """Note that an expected worker is ready, and lend it to the first in the queue."""
+        lease: Lease[W] = Lease(0)
         with self._lock:
-            self._starting.discard(worker)
-            self._lent.add(worker)
-        self.give_back(worker)
-        self._settle_ready_tickets()
+            self._expected.discard(worker)
+            lease.worker = worker
+            self._lent[worker] = lease
+        self.give_back(lease)
 
     def remove(self, worker: W) -> bool:
-        """Take a worker out, wherever it is.  Returns True if a call owns it, and will hand it over."""
+        """Take a worker out, wherever it is.  Returns True if a call holds it, and will hand it over."""
         with self._lock:
             lent = worker in self._lent
-            self._lent.discard(worker)
-            self._starting.discard(worker)
+            self._lent.pop(worker, None)
+            self._expected.discard(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
             return lent
@@ -174,7 +351,7 @@ class Dispatcher(Generic[W]):
             tickets = self._ready_tickets
             self._ready_tickets = []
             if not warm_up_only:
-                tickets += self._queue
+                tickets += [lease.ticket for lease in self._queue if lease.ticket is not None]
                 self._queue.clear()
         for ticket in tickets:
             ticket.settle(error=make_error())
@@ -182,23 +359,24 @@ class Dispatcher(Generic[W]):
     # --- warm-up and close ---
 
     def want_all(self, ticket: Ticket) -> None:
-        """Keep `max_workers` workers from now on; the ticket is settled when none of them is missing.
+        """Keep `max_workers` workers from now on; `settle_warm_ups` settles the ticket when none of them is missing.
 
         Raises:
             PoolClosed: the ticket is not taken.
         """
         with self._lock:
-            self._check_open()
+            if self.closed:
+                raise PoolClosed(self._name)
             self._wanted = self.max_workers
             self._ready_tickets.append(ticket)
-        self._settle_ready_tickets()
 
-    def _settle_ready_tickets(self) -> None:
+    def settle_warm_ups(self) -> None:
+        """Settle the tickets of `want_all` if all workers are ready."""
         with self._lock:
             if len(self._idle) + len(self._lent) < self.max_workers:
                 return
-            tickets = self._ready_tickets.copy()
-            self._ready_tickets.clear()
+            tickets = self._ready_tickets
+            self._ready_tickets = []
         for ticket in tickets:
             ticket.settle()
 
@@ -210,10 +388,9 @@ class Dispatcher(Generic[W]):
     def is_quiet(self) -> bool:
         """Return True when no call runs or waits."""
         with self._lock:
-            return not self._lent and not any(ticket.is_open for ticket in self._queue)
+            return not self._lent and not self._waiting()
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Return the numbers of starting, idle and lent workers and of waiting calls."""
+        """Return the numbers of expected, idle and lent workers and of waiting calls."""
         with self._lock:
-            waiting = sum(ticket.is_open for ticket in self._queue)
-            return len(self._starting), len(self._idle), len(self._lent), waiting
+            return len(self._expected), len(self._idle), len(self._lent), self._waiting()

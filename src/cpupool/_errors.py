@@ -22,10 +22,14 @@ __all__ = [
     "InitializerFailed",
     "PoolBroken",
     "PoolClosed",
+    "PoolFull",
+    "QueueTimeout",
     "RemoteError",
     "RemoteTraceback",
     "ResultNotPicklable",
+    "TaskInterrupted",
     "TaskNotPicklable",
+    "TaskTimeout",
     "WorkerDied",
 ]
 
@@ -50,6 +54,85 @@ class PoolClosed(CpuPoolError):
             f"{self.name} is closed and takes no more calls. Make the calls inside its 'with' block, "
             "or create a new pool: a closed one does not open again."
         )
+
+
+class PoolFull(CpuPoolError):
+    """As many calls wait as the pool's `max_pending` allows; this one was not taken.
+
+    Attributes:
+        pending: how many calls wait for a worker.
+        retry_after: seconds after which those will have begun to run, as estimated from the run times measured so far.
+    """
+
+    def __init__(self, pending: int, retry_after: float) -> None:
+        super().__init__(pending, retry_after)
+        self.pending = pending
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return (
+            f"the pool is full: {self.pending} calls wait for a worker (max_pending). "
+            f"Try again in about {self.retry_after:.3g} s."
+        )
+
+
+class TaskTimeout(CpuPoolError, TimeoutError):
+    """The task ran longer than its `timeout`, and was stopped.
+
+    Attributes:
+        task: the function that ran, or the call's label.
+        timeout: the seconds it was given.
+        queued: the seconds it had waited for a worker before.
+        ran: the seconds from the moment it was sent to the worker until the interrupt.
+        stack: where the task was at the interrupt: its Python stack, the innermost frame first; None if not known.
+    """
+
+    def __init__(self, task: str, timeout: float, queued: float, ran: float, stack: str | None) -> None:
+        super().__init__()  # OSError would make an errno and a file name of the first few
+        self.args = (task, timeout, queued, ran, stack)
+        self.task = task
+        self.timeout = timeout
+        self.queued = queued
+        self.ran = ran
+        self.stack = stack
+
+    def __str__(self) -> str:
+        message = (
+            f"{self.task} was stopped after {self.ran:.3g} s: its timeout is {self.timeout:g} s "
+            f"(before that, it waited {self.queued:.3g} s for a worker)"
+        )
+        return f"{message}\n{self.stack}" if self.stack else message
+
+
+class QueueTimeout(CpuPoolError, TimeoutError):
+    """No worker came free for the call within its `queue_timeout`; it has not run.
+
+    Attributes:
+        task: the function that was to run, or the call's label.
+        queue_timeout: the seconds it was allowed to wait.
+        queued: the seconds it did wait.
+    """
+
+    def __init__(self, task: str, queue_timeout: float, queued: float) -> None:
+        super().__init__()  # as in TaskTimeout
+        self.args = (task, queue_timeout, queued)
+        self.task = task
+        self.queue_timeout = queue_timeout
+        self.queued = queued
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} was not run: no worker came free within its queue_timeout of {self.queue_timeout:g} s "
+            f"(it waited {self.queued:.3g} s)"
+        )
+
+
+class TaskInterrupted(BaseException):
+    """Raised in the worker, in the task itself, when its call is over: timed out, cancelled, or the pool closes.
+
+    `finally` blocks run as usual.  A task may catch it to clean up, or to return what it has so far, which then is its
+    result; after the pool's `grace` the worker is killed.  Source of the idea: Celery's soft time limit.
+    """
 
 
 class PoolBroken(CpuPoolError):
@@ -97,7 +180,7 @@ class WorkerDied(CpuPoolError):
         exitcode: its exit status, None if a signal ended it or nobody could learn it.
         signal: the number of the signal that ended it, or None.
         oom: True if it was killed for want of memory; None where that is not known.
-        task: the function it was running.
+        task: the function it was running, or the call's label.
         stack: the Python stack at the crash, as `faulthandler` saw it, or None.
     """
 
@@ -269,6 +352,13 @@ def decode_error(body: memoryview | bytes, task: str) -> BaseException:
         error = _load_exception(pickled) or RemoteError(type_name, text, trace)
     error.__cause__ = RemoteTraceback(trace)
     return error
+
+
+def decode_traceback(body: memoryview | bytes) -> str:
+    """Return only the traceback that an encoded error carries, as text."""
+    _, _, _, trace, _ = _payload.loads(body)
+    text: str = trace
+    return text
 
 
 def _load_exception(pickled: bytes | None) -> Exception | None:

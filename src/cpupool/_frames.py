@@ -15,15 +15,20 @@ class Kind(enum.IntEnum):
     """What a frame means; the arrow says who sends it."""
 
     READY = 1  # worker → pool: the initializer has run
-    CALL = 2  # pool → worker: run this task
+    CALL = 2  # pool → worker: run this task (see `encode_call`)
     RESULT = 3  # worker → pool: what the task returned
     ERROR = 4  # worker → pool: an encoded error (see `_errors`); before READY, the initializer's
     BYE = 5  # pool → worker: finish and exit
+    INTERRUPTED = 6  # worker → pool: the interrupt has ended the task; and the encoded error that it made of it, if any
 
 
 # One byte of kind, eight of task id, eight of body length; little-endian, no padding.
 _HEADER = struct.Struct("<BQQ")
 HEADER_SIZE = _HEADER.size
+# A CALL's body begins with four bytes of attempt and four of label length.
+_CALL = struct.Struct("<II")
+_CALL_SIZE = _CALL.size
+_CALL_HEADER = struct.Struct("<BQQII")
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -45,6 +50,19 @@ class Frame:
 def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"") -> bytes:
     """Return the bytes of one frame."""
     return _HEADER.pack(kind, task_id, len(body)) + body
+
+
+def encode_call(task_id: int, attempt: int, label: bytes, call: bytes) -> bytes:
+    """Return the bytes of a CALL frame: which attempt it is, the label, and the pickled call."""
+    size = _CALL_SIZE + len(label) + len(call)
+    return _CALL_HEADER.pack(Kind.CALL, task_id, size, attempt, len(label)) + label + call
+
+
+def split_call(body: memoryview) -> tuple[int, bytes, memoryview]:
+    """Return the attempt, the label and the pickled call from the body of a CALL frame."""
+    attempt, size = _CALL.unpack_from(body)
+    end = _CALL_SIZE + size
+    return attempt, bytes(body[_CALL_SIZE:end]), body[end:]
 
 
 class FrameDecoder:

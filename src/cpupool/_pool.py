@@ -1,12 +1,7 @@
-"""The pool: takes a call, lends it a worker, gives back what the worker answers.
+"""The pool as users see it: calls, options, start and end.
 
-The way of a call, from `run` or `run_sync` down: `Call` checks and pickles it; `_complete` repeats `_attempt` until
-one has an outcome; an attempt borrows a worker from the dispatcher, exchanges frames with it in the caller's own task
-or thread (`Worker.exchange`) and gives it back; `Call.outcome` rebuilds the value or raises the error.
-
-Rules: whoever holds a worker either gives it back whole, or hands it to the supervisor.  Giving up a call for whatever
-reason (cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `_attempt`, and
-takes no lock.
+The way of a call, from `run` or `run_sync` down, is in `_call`; what happens to the workers meanwhile, in
+`_supervisor`.
 """
 
 from __future__ import annotations
@@ -21,14 +16,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from . import _roles
 from ._call import Call
-from ._errors import PoolClosed
 from ._forking import at_fork
-from ._frames import Frame
-from ._settings import Settings, check_seconds
+from ._settings import UNSET, CallOptions, Settings, Unset, check_seconds
 from ._sizing import usable_cpus
 from ._supervisor import Supervisor
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
-from ._worker import Death, Worker, WorkerGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +29,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ._process import WorkerProcess
-    from ._waiting import Ticket, Waits
+    from ._waiting import Waits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,8 +51,13 @@ class CpuPool:
         initializer: called as `initializer(*initargs)` once in each new worker, before its first task.
         initargs: its arguments; as with any new process, `multiprocessing` locks and queues are allowed among them.
         start_timeout: seconds after which a worker that is not ready is killed.
-        grace: seconds a worker has to exit by itself before it is killed.
+        max_tasks_per_child: how many tasks a worker runs before another takes its place; by default any number.
+        timeout: seconds that a task may run; by default any time.  See `options`.
+        queue_timeout: seconds that a call may wait for a worker; by default any time.  See `options`.
+        grace: seconds that an interrupted task has to end, and a dismissed worker to exit, before it is killed.
         drain: seconds that `close` and `aclose` let accepted calls run on.
+        max_pending: how many calls may wait while all workers are busy; one more raises `PoolFull`.  By default any
+            number.
         retries: how often a call is run again after its worker died (`WorkerDied`).  The function must be safe to
             run twice: the worker may have died after it did its work.
         name: for messages and thread names.
@@ -77,8 +74,12 @@ class CpuPool:
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         start_timeout: float = 60.0,
+        max_tasks_per_child: int | None = None,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
         grace: float = 1.0,
         drain: float = 5.0,
+        max_pending: int | None = None,
         retries: int = 0,
         name: str = "CpuPool",
     ) -> None:
@@ -88,11 +89,16 @@ class CpuPool:
             initializer=initializer,
             initargs=initargs,
             start_timeout=start_timeout,
+            max_tasks_per_child=max_tasks_per_child,
+            timeout=timeout,
+            queue_timeout=queue_timeout,
             grace=grace,
             drain=drain,
+            max_pending=max_pending,
             retries=retries,
             name=name,
         )
+        self._options = self.settings.call_options()
         self._set_up()
         _pools.add(self)
 
@@ -100,7 +106,6 @@ class CpuPool:
         start = _WorkerStarter(self.settings)
         self._supervisor = Supervisor(self.settings, start.max_workers, start)
         self._dispatcher = self._supervisor.dispatcher
-        self._task_ids = itertools.count(1)
 
     def __repr__(self) -> str:
         starting, idle, busy, waiting = self._dispatcher.counts()
@@ -131,13 +136,17 @@ class CpuPool:
             TaskNotPicklable: the function or an argument cannot be sent.
             ResultNotPicklable: what it returned cannot be sent back.
             WorkerDied: its worker died; other calls are unaffected.
+            TaskTimeout: it ran longer than its `timeout`.
+            QueueTimeout: no worker came free within its `queue_timeout`.
+            PoolFull: `max_pending` calls wait already.
             InitializerFailed, PoolBroken: no worker could be started.
             PoolClosed: the pool was closed before, or while, it ran.
 
-        Cancellation: the caller returns at once; a running task is killed with its worker, which is replaced.
+        Cancellation: the caller returns at once.  A call that waits leaves the queue.  A running task is interrupted
+            (`TaskInterrupted` is raised in it), and its worker lives on; if it has not ended after `grace` seconds, the
+            worker is killed and replaced.
         """
-        call = Call(fn, args, kwargs)
-        result: T = await self._complete(call, _async_waits())
+        result: T = await Call(fn, args, kwargs, self._options).complete(self._supervisor, _async_waits())
         return result
 
     def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,72 +159,36 @@ class CpuPool:
         Cancellation: Ctrl-C in the main thread stops the task.
         """
         refuse_in_event_loop("run_sync", "await pool.run(...)")
-        call = Call(fn, args, kwargs)
-        result: T = run_to_end(self._complete(call, BlockingWaits()))
+        call = Call(fn, args, kwargs, self._options)
+        result: T = run_to_end(call.complete(self._supervisor, BlockingWaits()))
         return result
 
-    async def _complete(self, call: Call, waits: Waits) -> Any:
-        deaths = 0
-        while True:
-            task_id = next(self._task_ids)
-            outcome = await self._attempt(task_id, call.body, waits)
-            if isinstance(outcome, Frame):
-                return call.outcome(outcome)
-            if outcome.last_task_id != task_id:
-                continue  # the worker died before it picked the task up: nothing has run
-            if self._dispatcher.closed and outcome.by_pool:
-                raise PoolClosed(self.settings.name)
-            deaths += 1
-            if deaths > self.settings.retries:
-                raise call.death(outcome)
+    def options(
+        self,
+        *,
+        timeout: float | Unset | None = UNSET,
+        queue_timeout: float | Unset | None = UNSET,
+        retries: int | Unset = UNSET,
+        label: str | Unset | None = UNSET,
+    ) -> CpuPoolView:
+        """Return a view of this pool whose calls have other options: `pool.options(timeout=5).run(fn, 1)`.
 
-    async def _attempt(self, task_id: int, body: bytes, waits: Waits) -> Frame | Death:
-        """Have one worker run the task: returns its answer, or how it died."""
-        ticket = worker = None
-        try:
-            worker = self._dispatcher.borrow_idle()
-            if worker is None:
-                ticket = waits.ticket()
-                worker = await self._wait_for_worker(ticket, waits)
-                ticket = None
-            try:
-                reply = await worker.exchange(task_id, body, waits)
-            except WorkerGone:
-                lost, worker = worker, None
-                return await self._learn_death(lost, waits)
-            if not self._dispatcher.give_back(worker):
-                self._supervisor.post(self._supervisor.bury, worker, None)  # it has died since
-        except BaseException:
-            self._give_up(ticket, worker)
-            raise
-        if self._dispatcher.closed:
-            self._supervisor.notify()  # it may be the last one that the pool waits for
-        return reply
+        What is not given stays as it is.  Views are light; make one for a call, or keep it.
 
-    async def _wait_for_worker(self, ticket: Ticket, waits: Waits) -> Worker:
-        worker = self._dispatcher.enqueue(ticket)
-        if worker is not None:
-            return worker
-        self._start_supervisor()  # after queueing: a start that fails fails the queue
-        await waits.settled(ticket)
-        granted: Worker = ticket.result()
-        return granted
+        Args:
+            timeout: seconds that a task may run, from the moment it is sent to a worker; None for no limit.  Then it is
+                interrupted: `TaskInterrupted` is raised in it, and `TaskTimeout` here.  A task that has not ended
+                `grace` seconds later is killed with its worker.  Each attempt has the whole time.
+            queue_timeout: seconds that a call may wait for a worker; None for no limit.  Then `QueueTimeout` is raised,
+                and it has not run.  With 0, it runs only if a worker is idle.
+            retries: how often the call is run again after its worker died.
+            label: a name for the call, instead of the function's, in errors and in `current_task()`.
 
-    async def _learn_death(self, worker: Worker, waits: Waits) -> Death:
-        ticket = waits.ticket()
-        self._supervisor.post(self._supervisor.bury, worker, ticket)
-        await waits.settled(ticket)
-        death: Death = ticket.result()
-        return death
-
-    def _give_up(self, ticket: Ticket | None, worker: Worker | None) -> None:
-        """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
-        if worker is not None:
-            self._supervisor.post(self._supervisor.bury, worker, None)
-        elif ticket is not None and not ticket.withdraw() and ticket.value is not None:
-            self._supervisor.post(self._supervisor.take_back, ticket.value)  # lent in the same moment, and untouched
-        elif self._dispatcher.closed:
-            self._supervisor.notify()  # it may have been the last one that the pool waits for
+        Raises:
+            TypeError, ValueError: an option is not what it can be; the message names it.
+        """
+        options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
+        return CpuPoolView(self, options)
 
     # --- start and end ---
 
@@ -233,7 +206,7 @@ class CpuPool:
     async def _warm_up(self, waits: Waits) -> None:
         ticket = waits.ticket()
         self._dispatcher.want_all(ticket)
-        self._start_supervisor()
+        self._supervisor.run()
         self._supervisor.notify()
         await waits.settled(ticket)
         ticket.result()
@@ -241,9 +214,12 @@ class CpuPool:
     async def aclose(self, drain: float | None = None) -> None:
         """Take no more calls, let the accepted ones finish, and stop the workers.
 
+        It may be called several times, and at once: the one with the least time left decides.
+
         Args:
-            drain: after so many seconds what still runs is killed and its callers get `PoolClosed`; by default the
-                pool's `drain`.
+            drain: after so many seconds what still runs is interrupted, and what still waits is sent away; their
+                callers get `PoolClosed`.  What runs on is killed `grace` seconds later.  By default the pool's
+                `drain`.
 
         Cancellation: the pool closes all the same; only the waiting ends.
         """
@@ -274,7 +250,7 @@ class CpuPool:
         try:
             await self.warm_up()
         except BaseException:
-            self._stop_soon()
+            self._supervisor.stop_soon()
             raise
         return self
 
@@ -283,21 +259,21 @@ class CpuPool:
     ) -> None:
         waits = _async_waits()
         with waits.shielded():
-            await self._close(None, waits)
+            await self._close(_drain_after(kind), waits)
 
     def __enter__(self) -> Self:
         refuse_in_event_loop("with pool", "async with pool")
         try:
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:
-            self._stop_soon()
+            self._supervisor.stop_soon()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(_drain_after(kind))
 
     def __del__(self) -> None:
         supervisor: Supervisor | None = getattr(self, "_supervisor", None)
@@ -308,27 +284,49 @@ class CpuPool:
                 stacklevel=2,
                 source=self,
             )
-            self._stop_soon()
-
-    def _stop_soon(self) -> None:
-        """Stop everything without waiting for it."""
-        self._dispatcher.closed = True  # no lock: it may run inside a garbage collection
-        if self._supervisor.is_running:
-            self._supervisor.post(self._supervisor.stop, time.monotonic(), None)
-
-    def _start_supervisor(self) -> None:
-        if self._supervisor.is_running:
-            self._supervisor.refuse_in_its_thread()
-            return
-        _roles.refuse_pool_here()
-        self._supervisor.run()
-        if self._dispatcher.closed:
-            self._stop_soon()  # closed in the same moment, by one who saw nothing to stop
+            self._supervisor.stop_soon()
 
     def _after_fork_in_child(self) -> None:
         closed = self._dispatcher.closed
         self._set_up()
         self._dispatcher.closed = closed
+
+
+class CpuPoolView:
+    """A pool's calls with other options; `CpuPool.options` makes it."""
+
+    __slots__ = ("_options", "_pool")
+
+    def __init__(self, pool: CpuPool, options: CallOptions) -> None:
+        self._pool = pool
+        self._options = options
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._pool!r}: {self._options}>"
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do as `CpuPool.run`."""
+        result: T = await Call(fn, args, kwargs, self._options).complete(self._pool._supervisor, _async_waits())
+        return result
+
+    def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do as `CpuPool.run_sync`."""
+        refuse_in_event_loop("run_sync", "await pool.run(...)")
+        call = Call(fn, args, kwargs, self._options)
+        result: T = run_to_end(call.complete(self._pool._supervisor, BlockingWaits()))
+        return result
+
+    def options(
+        self,
+        *,
+        timeout: float | Unset | None = UNSET,
+        queue_timeout: float | Unset | None = UNSET,
+        retries: int | Unset = UNSET,
+        label: str | Unset | None = UNSET,
+    ) -> CpuPoolView:
+        """Do as `CpuPool.options`; what is not given stays as it is in this view."""
+        options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
+        return CpuPoolView(self._pool, options)
 
 
 class _WorkerStarter:
@@ -355,6 +353,11 @@ def _async_waits() -> Waits:
     return _waits_on(running_loop())
 
 
+def _drain_after(kind: type[BaseException] | None) -> float | None:
+    """Return how long to drain a pool whose block was left: not at all by Ctrl-C, or when its task was cancelled."""
+    return None if kind is None or issubclass(kind, Exception) else 0
+
+
 @functools.cache
 def _waits_on(library: str | None) -> Waits:
     """Load what waiting on an event loop needs: by the first call that does."""
@@ -375,7 +378,7 @@ def _waits_on(library: str | None) -> Waits:
 def _close_at_exit() -> None:
     pools = [pool for pool in list(_pools) if pool._supervisor.is_running]
     for pool in pools:
-        pool._stop_soon()
+        pool._supervisor.stop_soon()
     for pool in pools:
         run_to_end(pool._close(0, BlockingWaits()))
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
+_FATAL, _STACK = "Fatal Python error: ", "Stack (most recent call first):"  # how faulthandler begins
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -128,15 +129,42 @@ class WorkerProcess:
 
     def last_task_id(self) -> int:
         """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
-        return int.from_bytes(os.pread(self._status, 8, 0), sys.byteorder)
+        return self._read_cell(_child.PICKED_UP)
 
-    def crash_stack(self) -> str | None:
-        """Return the Python stack that `faulthandler` wrote when the process crashed, or None."""
-        text = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE).decode("utf-8", "replace")
-        lines = itertools.takewhile(
-            lambda line: _child.__file__ not in line, text.splitlines()
-        )  # the task's own frames
-        return "\n".join(lines) or None
+    def has_finished(self, task_id: int) -> bool:
+        """Return True if that is the last task that the worker is done with; its answer may still be on the way."""
+        return self._read_cell(_child.FINISHED) == task_id
+
+    def _read_cell(self, index: int) -> int:
+        return int.from_bytes(os.pread(self._status, _child.CELL_SIZE, index * _child.CELL_SIZE), sys.byteorder)
+
+    def interrupt(self, task_id: int) -> None:
+        """Raise `TaskInterrupted` in that task, whether it runs or is still to be picked up; nothing if it is over."""
+        if self._is_forgotten:
+            return
+        condemned = task_id.to_bytes(_child.CELL_SIZE, sys.byteorder)
+        os.pwrite(self._status, condemned, _child.CONDEMNED * _child.CELL_SIZE)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, _child.INTERRUPT_SIGNAL)
+            elif self.poll() is None:
+                os.kill(self.pid, _child.INTERRUPT_SIGNAL)
+
+    def take_stack(self) -> str | None:
+        """Return, and forget, the Python stack that `faulthandler` wrote last: at a crash, or at an interrupt."""
+        start = max(os.fstat(self._status).st_size - _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE)
+        text = os.pread(self._status, _MAX_STACK_BYTES, start).decode("utf-8", "replace")
+        if not text:
+            return None
+        os.ftruncate(self._status, _child.STATUS_PAGE_SIZE)
+        os.lseek(self._status, _child.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
+        start = text.rfind(_FATAL)  # nothing comes after that
+        if start < 0:
+            start = text.rfind(_STACK)  # an interrupt that came too late for its task may have left one before
+        lines = text[max(start, 0) :].splitlines()
+        own = itertools.takewhile(lambda line: _child.__file__ not in line, lines)  # the task's own frames
+        stack = "\n".join(own).strip()
+        return None if stack in ("", _STACK) else stack
 
     def kill(self) -> None:
         """End the process and what it started, at once."""

@@ -1,90 +1,96 @@
-"""The thread that starts, replaces, kills and reaps workers.
+"""The thread that starts, stops, replaces and reaps workers.
 
 Rules:
 
 - It owns every worker that is neither idle nor lent to a call.  Other threads reach it by `post`, which takes no lock
   and never blocks, so that a call can be given up from anywhere, even while it is being garbage-collected.
 - It sleeps until a descriptor or a deadline wakes it; there is no polling.
-- It starts workers on demand.  When a start fails and no worker is left, everybody who waits is told, and it is tried
-  again only when somebody asks again; while others are left they serve the queue, and the next try is put off, each
-  time for longer.  So a broken initializer cannot become a storm of processes.
 
-Theory of operation: each worker's sentinel is watched from birth to death.  When a process ends that a call owns, its
+Theory of operation: each worker's sentinel is watched from birth to death.  When a process ends that a call holds, its
 channel is shut down, the call sees the end of the connection and hands the worker over (`bury`) with a ticket, which is
 settled with its `Death`.  Whichever comes first, hand-over or death, the worker is closed when both have happened.
+How workers become ready is in `_births`, how their tasks are stopped in `_stopping`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import selectors
-import socket
+import itertools
+import math
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import _roles
-from ._dispatch import Dispatcher
-from ._errors import InitializerFailed, PoolBroken, PoolClosed, decode_error, describe_callable, describe_exit
-from ._forking import starting_or_forking
-from ._frames import Frame, Kind, ProtocolError
-from ._worker import State, Worker, WorkerGone
+from ._births import Births
+from ._crew import Crew
+from ._dispatch import Dispatcher, Verdict
+from ._errors import PoolBroken, PoolClosed
+from ._stopping import Stopping
+from ._worker import State, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._dispatch import Lease
     from ._process import WorkerProcess
     from ._settings import Settings
     from ._waiting import Ticket
 
-# A worker killed from outside while it starts is nobody's fault and is replaced; one that always dies is not.
-MAX_START_DEATHS = 3
-
-# Seconds between one failed start and the next, while other workers are left; doubled each time.
-FIRST_DELAY, LONGEST_DELAY = 0.05, 30.0
-
 LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
-
-LONGEST_SLEEP = 3600.0  # seconds; a deadline may be infinite, the system's timers are not
 
 
 class Supervisor:
     """Runs the workers of one pool.
 
     Attributes:
+        name: the pool's.
         finished: True when it has stopped and all its workers are gone.
         dispatcher: lends the workers that are ready.
+        next_task_id: gives the next number.
+        notify, look_by: see `Crew.wake` and `Crew.look_by`.
     """
 
     def __init__(self, settings: Settings, max_workers: int, start: Callable[[], WorkerProcess]) -> None:
+        self.name = settings.name
         self.finished = False
-        self.dispatcher: Dispatcher[Worker] = Dispatcher(max_workers, settings.name, self.notify)
+        self._crew = Crew()
+        self.notify, self.look_by = self._crew.wake, self._crew.look_by
+        self.dispatcher: Dispatcher[Worker] = Dispatcher(
+            max_workers, settings.name, self.notify, max_pending=settings.max_pending
+        )
+        self.next_task_id = itertools.count(1).__next__
         self._settings = settings
-        self._start = start
+        self._births = Births(settings, start, self._crew, self.dispatcher)
+        self._stopping = Stopping(settings.grace, self._crew, self.dispatcher)
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
-        self._workers: set[Worker] = set()
-        self._start_deaths = 0
-        self._start_failures = 0
-        self._start_again_at = 0.0
-        self._stop_at: float | None = None
-        self._dismissed = False
+        self._stop_at = math.inf
+        self._killed_at = math.inf
         self._stop_tickets: list[Ticket] = []
 
     # --- from any thread ---
 
     def run(self) -> None:
-        """Start the thread, unless it was started before."""
+        """Start the thread, unless it was started before.
+
+        Raises:
+            RuntimeError: this is the thread, or a process that must not start workers.
+        """
+        if not self._unstarted:
+            self.refuse_in_its_thread()
+            return
+        _roles.refuse_pool_here()
         try:
             self._unstarted.pop()
         except IndexError:
-            return
+            return  # another thread does
         try:
             with contextlib.ExitStack() as opened:
-                self._open_descriptors(opened)
-                threading.Thread(target=self._main, name=f"{self._settings.name}-supervisor", daemon=True).start()
+                self._crew.open(opened)
+                threading.Thread(target=self._main, name=f"{self.name}-supervisor", daemon=True).start()
                 opened.pop_all()  # the thread closes them
         except BaseException as error:
             cause = error
@@ -92,14 +98,8 @@ class Supervisor:
             text = f"the pool's thread could not be started: {type(error).__name__}: {error}"
             self.dispatcher.fail_queue(lambda: PoolBroken(text, cause))
             raise
-
-    def _open_descriptors(self, opened: contextlib.ExitStack) -> None:
-        self._selector = opened.enter_context(selectors.DefaultSelector())
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        for end in (self._wake_receiver, self._wake_sender):
-            opened.callback(end.close)
-            end.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._empty_wake_receiver)
+        if self.dispatcher.closed:
+            self.stop_soon()  # closed in the same moment, by one who saw nothing to stop
 
     def refuse_in_its_thread(self) -> None:
         """Raise in the supervisor's own thread, where garbage collection may run anybody's code."""
@@ -110,12 +110,16 @@ class Supervisor:
     def is_running(self) -> bool:
         return not self._unstarted and not self.finished
 
-    def notify(self) -> None:
-        """Let it look at the dispatcher again."""
-        try:
-            self._wake_sender.send(b"\0")
-        except (BlockingIOError, OSError, AttributeError):
-            pass  # it has been woken already, or has stopped, or has not begun: it will look anyway
+    def is_worn(self, worker: Worker) -> bool:
+        """Return True if a worker has run as many tasks as it may."""
+        limit = self._settings.max_tasks_per_child
+        return limit is not None and worker.tasks >= limit
+
+    def stop_soon(self) -> None:
+        """Stop everything without waiting for it."""
+        self.dispatcher.closed = True  # no lock: it may run inside a garbage collection
+        if self.is_running:
+            self.post(self.stop, time.monotonic(), None)
 
     def post(self, order: Callable[..., object], *args: object) -> None:
         """Let the thread carry out `order(*args)`; once it has finished, do so here."""
@@ -127,30 +131,50 @@ class Supervisor:
 
     # --- orders, carried out in the thread ---
 
-    def bury(self, worker: Worker, heir: Ticket | None) -> None:
-        """Take over a worker that its call gave up, and kill it, or that it lost; tell `heir` how it ended."""
+    def recover(self, lease: Lease[Worker]) -> None:
+        """Take over the worker of a call that was given up, and make it ready for the next."""
+        worker = lease.worker
+        if worker is None:
+            return
+        if self.finished or worker not in self._crew.workers or worker.state is not State.READY:
+            self.bury(lease, None)
+        elif worker.in_call:
+            self._stopping.recover(lease)
+        elif not self.dispatcher.give_back(lease):
+            self.bury(lease, None)
+
+    def bury(self, lease: Lease[Worker], heir: Ticket | None) -> None:
+        """Take over a worker that its call has lost, and tell `heir` how it ended; without an heir, kill it."""
+        if self.finished:  # this may run inside a garbage collection, and must take no lock
+            worker, lease.worker = lease.worker, None
+        else:
+            worker = self.dispatcher.take_over(lease)
+        if worker is None:
+            return  # it was taken over before
         worker.heir = heir
-        if not self.finished:  # afterwards this may run inside a garbage collection, and must take no lock
-            self.dispatcher.remove(worker)
         if worker.state is State.ENDED:
             self._close_worker(worker)
-        elif worker in self._workers and heir is not None and worker.deadline is None:
+        elif worker in self._crew.workers and heir is not None and worker.deadline == math.inf:
             worker.deadline = time.monotonic() + min(self._settings.grace, LONGEST_EXIT)  # its own end says more
-        elif worker in self._workers:
-            self._kill(worker)
+        elif worker in self._crew.workers:
+            self._crew.kill(worker)
         elif heir is not None:
             heir.settle(
                 error=PoolBroken("this call was made by the parent of this forked process, and is the parent's")
             )
 
-    def take_back(self, worker: Worker) -> None:
-        """Take a worker that was lent to a call which did not take it."""
-        if self.finished or not self.dispatcher.give_back(worker):
-            self.bury(worker, None)
+    def retire(self, lease: Lease[Worker]) -> None:
+        """Take over a worker that has run as many tasks as it may, and send it home."""
+        worker = lease.worker
+        if self.finished or worker is None or worker.state is not State.READY:
+            self.bury(lease, None)
+        else:
+            self.dispatcher.take_over(lease)
+            self._send_home(worker)
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
-        """Dismiss all workers when no call runs any more, at `deadline` (monotonic) at the latest."""
-        self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
+        """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
+        self._stop_at = min(self._stop_at, deadline)
         if ticket is None:
             return
         if self.finished:
@@ -164,23 +188,21 @@ class Supervisor:
         self._thread_id = threading.get_ident()
         try:
             while not self.finished:
-                for key, _ in self._selector.select(self._seconds_to_next_deadline()):
-                    key.data()
+                self._crew.sleep(self._next_deadline)
                 self._carry_out_orders()
-                self._kill_overdue()
-                self._start_one_if_missing()
+                self._enforce_deadlines(time.monotonic())
+                if (worker := self._births.start_one_if_missing()) is not None:
+                    self._crew.watch_end(worker, self._on_end)
+                self.dispatcher.settle_warm_ups()
                 self._advance_stop()
         except BaseException as error:
             self._give_up(error)
             raise
         finally:
-            self._close_descriptors()
+            self._crew.close()
             self._carry_out_orders()  # what was posted while `finished` was not yet set
             for ticket in self._stop_tickets:
                 ticket.settle()
-
-    def _empty_wake_receiver(self) -> None:
-        self._wake_receiver.recv(4096)
 
     def _carry_out_orders(self) -> None:
         while True:
@@ -190,169 +212,53 @@ class Supervisor:
                 return
             order(*args)
 
-    def _seconds_to_next_deadline(self) -> float | None:
-        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        if self.dispatcher.shortfall():
-            deadlines.append(self._start_again_at)
-        if self._stop_at is not None and not self._dismissed:
-            deadlines.append(self._stop_at)
-        if not deadlines:
-            return None
-        return min(max(min(deadlines) - time.monotonic(), 0), LONGEST_SLEEP)
-
-    def _kill_overdue(self) -> None:
-        now = time.monotonic()
-        for worker in list(self._workers):
-            if worker.deadline is not None and worker.deadline <= now:
-                if worker.state is State.STARTING:
-                    self._report_failed_start(worker, self._make_start_timeout_error)
-                self._kill(worker)
-
-    def _make_start_timeout_error(self) -> PoolBroken:
-        return PoolBroken(
-            f"a worker was not ready {self._settings.start_timeout:g} s after its start (start_timeout), "
-            "or closed its connection to the pool and went on"
+    def _next_deadline(self) -> float:
+        return min(
+            self._crew.next_deadline(),
+            self._stopping.next_deadline(),
+            self._births.next_deadline(),
+            self.dispatcher.next_queue_deadline(),
+            self._killed_at if self._births.stopped else self._stop_at,
         )
 
-    def _kill(self, worker: Worker) -> None:
-        worker.deadline = None
-        if worker.state not in (State.KILLED, State.ENDED):
-            worker.state = State.KILLED
-            worker.was_killed = True
-            worker.process.kill()
-
-    # --- birth ---
-
-    def _start_one_if_missing(self) -> None:
-        """Start one worker; the loop comes back at once for the next, and sees to everything else in between."""
-        if self._dismissed or time.monotonic() < self._start_again_at or not self.dispatcher.shortfall():
-            return
-        try:
-            with starting_or_forking:
-                process = self._start()
-        except (ConnectionError, EOFError) as error:  # multiprocessing's fork server has just ended
-            self._start_deaths += 1
-            if self._start_deaths < MAX_START_DEATHS:
-                self._start_again_at = time.monotonic() + FIRST_DELAY
-            else:
-                self._report_start_error(error)
-            return
-        except Exception as error:
-            self._report_start_error(error)
-            return
-        worker = Worker(process, time.monotonic() + self._settings.start_timeout)
-        self._workers.add(worker)
-        self.dispatcher.add_starting(worker)
-        self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_sentinel(worker))
-        self._selector.register(process.channel, selectors.EVENT_READ, lambda: self._on_first_words(worker))
-
-    def _report_start_error(self, error: Exception) -> None:
-        self._start_deaths = 0
-        text = f"no worker could be started: {type(error).__name__}: {error}"
-        self._fail_start(lambda: PoolBroken(text, error))
-
-    def _on_first_words(self, worker: Worker) -> None:
-        if worker.state is State.ENDED or worker.process.channel not in self._selector.get_map():
-            return  # its end was noticed in the same moment, and its last words are heard
-        try:
-            frame = worker.receive()
-        except (WorkerGone, ConnectionError, ProtocolError):
-            self._selector.unregister(worker.process.channel)
-            worker.deadline = time.monotonic() + self._settings.grace  # to exit; how it does says more
-            return
-        if frame is None:
-            return
-        self._selector.unregister(worker.process.channel)
-        if worker.state is not State.STARTING:
-            return
-        if frame.kind is Kind.READY:
-            self._start_deaths = self._start_failures = 0
-            self._start_again_at = 0
-            worker.state = State.READY
-            worker.deadline = None
-            self.dispatcher.add_ready(worker)
-        else:
-            self._report_failed_initializer(worker, frame)
-            worker.state = State.LEAVING
-            worker.deadline = time.monotonic() + self._settings.grace
-
-    def _hear_last_words(self, worker: Worker) -> None:
-        """Read what an ended worker said before it was ready, to the end of the connection."""
-        worker.hang_up()
-        while worker.process.channel in self._selector.get_map():
-            self._on_first_words(worker)
-
-    def _report_failed_initializer(self, worker: Worker, frame: Frame) -> None:
-        name = describe_callable(self._settings.initializer)
-        body = bytes(frame.body)
-        pid = worker.process.pid
-
-        def make_error() -> BaseException:
-            error = InitializerFailed(name, pid)
-            error.__cause__ = decode_error(body, name)
-            return error
-
-        self._report_failed_start(worker, make_error)
-
-    def _report_failed_start(self, worker: Worker, make_error: Callable[[], BaseException]) -> None:
-        self.dispatcher.remove(worker)
-        self._fail_start(make_error)
-
-    def _fail_start(self, make_error: Callable[[], BaseException]) -> None:
-        if self.dispatcher.fail_start(make_error):
-            self._start_failures += 1
-            delay = min(FIRST_DELAY * 2**self._start_failures, LONGEST_DELAY)
-            self._start_again_at = time.monotonic() + delay
-        else:
-            self._start_failures = 0
-            self._start_again_at = 0
+    def _enforce_deadlines(self, now: float) -> None:
+        self.dispatcher.expire_queue(now)
+        self._stopping.enforce_deadlines(now)
+        for worker in list(self._crew.workers):
+            if worker.deadline <= now:
+                if worker.state is State.STARTING:
+                    self._births.report_overdue(worker)
+                self._crew.kill(worker)
 
     # --- death ---
 
-    def _on_sentinel(self, worker: Worker) -> None:
+    def _on_end(self, worker: Worker) -> None:
+        """See to a worker whose sentinel says that its process has ended."""
         process = worker.process
-        self._selector.unregister(process.sentinel)
+        self._crew.unwatch_end(worker)
         if worker.state is State.STARTING:
-            self._hear_last_words(worker)
-        if worker.state in (State.STARTING, State.READY):
+            self._births.hear_last_words(worker)
+        if worker.state in (State.STARTING, State.READY, State.RECOVERING):
             process.kill()  # what it has started must not outlive it
         if process.poll() is None and process.stop_watching_pid():
-            self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_sentinel(worker))
+            self._crew.watch_end(worker, self._on_end)
         else:
             self._end(worker)
 
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
         worker.state = State.ENDED
-        worker.deadline = None
+        worker.deadline = math.inf
+        self._crew.unwatch_channel(worker)
         if self.dispatcher.remove(worker):
             worker.hang_up()  # its call will hand it over
             return
-        if died_starting and not self._dismissed:
-            self._explain_death_at_start(worker)
+        if died_starting and not self._births.stopped:
+            self._births.explain_death(worker)
         self._close_worker(worker)
 
-    def _explain_death_at_start(self, worker: Worker) -> None:
-        death = worker.death()
-        self._start_deaths += 1
-        if death.signal is not None and self._start_deaths < MAX_START_DEATHS:
-            return  # the next look at the dispatcher starts another
-        self._start_deaths = 0
-        if death.exitcode == _roles.EXIT_UNGUARDED_MAIN:
-            text = f"the program's main module starts a pool when it is imported. {_roles.GUARD_ADVICE}"
-        else:
-            text = f"worker {death.pid} {describe_exit(death.exitcode, death.signal)} before it was ready. "
-            if death.signal is None:
-                text += (
-                    "What it wrote to standard error says why; often it is an error in the program's main module, "
-                    f"which every worker imports, or a missing guard there. {_roles.GUARD_ADVICE}"
-                )
-            if death.stack:
-                text += f"\n{death.stack}"
-        self._fail_start(lambda: PoolBroken(text))
-
     def _close_worker(self, worker: Worker) -> None:
-        self._workers.discard(worker)
+        self._crew.workers.discard(worker)
         heir, worker.heir = worker.heir, None
         if heir is not None:
             heir.settle(worker.death())
@@ -361,38 +267,43 @@ class Supervisor:
     # --- the end ---
 
     def _advance_stop(self) -> None:
-        if self._stop_at is None:
+        if self._stop_at == math.inf:
             return
-        if not self._dismissed and (self.dispatcher.is_quiet() or time.monotonic() >= self._stop_at):
-            self._dismiss_all()
-        if self._dismissed and all(worker.state is State.ENDED for worker in self._workers):
-            self.finished = True
+        now = time.monotonic()
+        if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
+            self._births.stopped = True
+            self._killed_at = now + self._settings.grace
+            self._stop_running_tasks()
+        if self._births.stopped:
+            for worker in self.dispatcher.take_idle():
+                self._send_home(worker)
+            if now >= self._killed_at:
+                self._killed_at = math.inf
+                for worker in self._crew.workers:
+                    self._crew.kill(worker)
+            self.finished = all(worker.state is State.ENDED for worker in self._crew.workers)
 
-    def _dismiss_all(self) -> None:
-        """Send idle workers home and kill the others."""
-        self._dismissed = True
-        self.dispatcher.fail_queue(lambda: PoolClosed(self._settings.name))
-        for worker in self.dispatcher.take_idle():
-            if worker.state is State.READY:
-                worker.state = State.LEAVING
-                worker.deadline = time.monotonic() + self._settings.grace
-                worker.say_bye()
-        for worker in list(self._workers):
-            if worker.state in (State.STARTING, State.READY):
-                self._kill(worker)
+    def _stop_running_tasks(self) -> None:
+        self.dispatcher.fail_queue(lambda: PoolClosed(self.name))
+        for lease in self.dispatcher.leases():
+            self._stopping.interrupt(lease, Verdict.POOL_CLOSED)
+        for worker in self._crew.workers:
+            if worker.state is State.STARTING:
+                self._crew.kill(worker)
+
+    def _send_home(self, worker: Worker) -> None:
+        if worker.state is State.READY:
+            worker.state = State.LEAVING
+            worker.deadline = time.monotonic() + self._settings.grace
+            worker.say_bye()
 
     def _give_up(self, error: BaseException) -> None:
         """The thread itself failed: let nobody wait for it."""
         self.dispatcher.close()
         text = f"the pool's supervisor failed, which is a bug in cpupool: {type(error).__name__}: {error}"
         self.dispatcher.fail_queue(lambda: PoolBroken(text, error))
-        for worker in list(self._workers):
-            self._kill(worker)
+        for worker in list(self._crew.workers):
+            self._crew.kill(worker)
             if worker.state is not State.ENDED:
                 self._end(worker)
         self.finished = True
-
-    def _close_descriptors(self) -> None:
-        self._selector.close()
-        self._wake_receiver.close()
-        self._wake_sender.close()

@@ -52,15 +52,17 @@ class Ticket:
         waiting: what its maker waits on: a future, an event.
         value: what it was settled with, or None.
         error: the exception it was settled with instead, or None.
+        is_settled: True once it is.
     """
 
-    __slots__ = ("_token", "_wake", "error", "value", "waiting")
+    __slots__ = ("_token", "_wake", "error", "is_settled", "value", "waiting")
 
     def __init__(self, waiting: Any, wake: Callable[[Ticket], bool]) -> None:
         """Args: `wake` wakes the maker from any thread, without blocking; False if it can never run again."""
         self.waiting = waiting
         self.value: Any = None
         self.error: BaseException | None = None
+        self.is_settled = False
         self._wake = wake
         self._token = True
 
@@ -70,19 +72,30 @@ class Ticket:
         return hasattr(self, "_token")
 
     def settle(self, value: object = None, error: BaseException | None = None) -> bool:
-        """Set the outcome and wake the one who waits.  Whoever holds the ticket does it, once.
+        """Set the outcome, if there is one to set, and wake the one who waits.
+
+        To settle it again does nothing, unless a signal handler has broken off the first time: then it ends what that
+        has begun.
 
         Returns:
             False if nobody will take the outcome: the ticket was withdrawn, or its event loop is closed.
         """
-        self.value, self.error = value, error  # before it can be seen to be settled
-        if self.withdraw() and self._wake(self):
+        has_outcome = value is not None or error is not None
+        if has_outcome and self.is_open:
+            self.value, self.error = value, error  # before it can be seen to be settled
+        try:
+            del self._token
+            self.is_settled = True  # no signal handler can come between these two
+        except AttributeError:
+            pass
+        if self.is_settled and self._wake(self):
             return True
-        self.value = self.error = None  # whoever finds this ticket later must not think that the outcome is theirs
+        if has_outcome:
+            self.value = self.error = None  # whoever finds this ticket later must not take the outcome for theirs
         return False
 
     def withdraw(self) -> bool:
-        """Take the ticket back.  Returns False if it has been settled: then its value is here, and has to be used."""
+        """Take the ticket back.  Returns False if it has been settled: then its outcome has to be used."""
         try:
             del self._token
         except AttributeError:

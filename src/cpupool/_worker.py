@@ -29,6 +29,7 @@ _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have set SIGPIP
 class State(enum.Enum):
     STARTING = "starting"  # its initializer has not finished
     READY = "ready"  # idle, or lent to a call: the dispatcher knows
+    RECOVERING = "recovering"  # its call has given it up: its task is interrupted, and its answer awaited
     LEAVING = "leaving"  # told to exit
     KILLED = "killed"
     ENDED = "ended"  # its exit status is known
@@ -36,7 +37,8 @@ class State(enum.Enum):
 
 _TRANSITIONS = {
     State.STARTING: {State.READY, State.LEAVING, State.KILLED, State.ENDED},
-    State.READY: {State.LEAVING, State.KILLED, State.ENDED},
+    State.READY: {State.RECOVERING, State.LEAVING, State.KILLED, State.ENDED},
+    State.RECOVERING: {State.READY, State.LEAVING, State.KILLED, State.ENDED},
     State.LEAVING: {State.KILLED, State.ENDED},
     State.KILLED: {State.ENDED},
     State.ENDED: set[State](),
@@ -68,18 +70,24 @@ class Worker:
     Attributes:
         process: its operating-system side.
         state: see `State`.
-        deadline: when the supervisor kills it, on the monotonic clock, or None.
+        deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
         heir: settled with its `Death` for the call that lost it.
+        tasks: how many it was given.
+        in_call: True from the moment a call is sent until its answer is here.
+        unsent: what is still to be sent of that call, or None.
     """
 
-    __slots__ = ("_decoder", "_state", "deadline", "heir", "process", "was_killed")
+    __slots__ = ("_decoder", "_state", "deadline", "heir", "in_call", "process", "tasks", "unsent", "was_killed")
 
-    def __init__(self, process: WorkerProcess, deadline: float | None) -> None:
+    def __init__(self, process: WorkerProcess, deadline: float) -> None:
         self.process = process
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
+        self.tasks = 0
+        self.in_call = False
+        self.unsent: memoryview | None = None
         self._state = State.STARTING
         self._decoder = FrameDecoder()
 
@@ -96,8 +104,8 @@ class Worker:
             raise RuntimeError(f"{self!r} cannot become {state.value}")
         self._state = state
 
-    async def exchange(self, task_id: int, body: bytes, waits: Waits) -> Frame:
-        """Send a call and wait for its answer.
+    async def exchange(self, task_id: int, call: bytes, waits: Waits) -> Frame:
+        """Send a call, a whole frame, and wait for its answer.
 
         Raises:
             WorkerGone: the connection ended first.
@@ -105,9 +113,12 @@ class Worker:
         Cancellation: the worker is left in the middle of a call; it has to be handed to the supervisor.
         """
         channel = self.process.channel
+        self.tasks += 1
+        self.unsent = memoryview(call)
+        self.in_call = True
         try:
-            if (rest := self._send(encode_frame(Kind.CALL, task_id, body))) is not None:
-                await self._send_rest(rest, waits)
+            while not self.send_rest():
+                await waits.writable(channel)
             await waits.readable(channel)
             while (reply := self.receive()) is None:
                 await waits.readable(channel)
@@ -115,20 +126,23 @@ class Worker:
             raise WorkerGone from error
         if reply.task_id != task_id:
             raise WorkerGone
+        self.in_call = False
         return reply
 
-    def _send(self, data: bytes | memoryview) -> memoryview | None:
-        """Send what the socket takes now; return the rest, or None if there is none."""
-        try:
-            sent = self.process.channel.send(data, _NO_SIGNAL)
-        except BlockingIOError:
-            sent = 0
-        return None if sent == len(data) else memoryview(data)[sent:]
+    def send_rest(self) -> bool:
+        """Send what the socket takes of what is unsent; return True if that was all.
 
-    async def _send_rest(self, rest: memoryview | None, waits: Waits) -> None:
-        while rest is not None:
-            await waits.writable(self.process.channel)
-            rest = self._send(rest)
+        Raises:
+            ConnectionError: the connection has ended.
+        """
+        if self.unsent is None:
+            return True
+        try:
+            sent = self.process.channel.send(self.unsent, _NO_SIGNAL)
+        except BlockingIOError:
+            return False
+        self.unsent = self.unsent[sent:] if sent < len(self.unsent) else None
+        return self.unsent is None
 
     def receive(self) -> Frame | None:
         """Take what has arrived; return the frame it completes, if it does.
@@ -169,7 +183,7 @@ class Worker:
             pid=self.process.pid,
             exitcode=None if died_of_signal else status,
             signal=-status if status is not None and died_of_signal else None,
-            stack=self.process.crash_stack(),
+            stack=self.process.take_stack(),
             last_task_id=self.process.last_task_id(),
             by_pool=self.was_killed,
         )

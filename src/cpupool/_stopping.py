@@ -1,0 +1,109 @@
+"""How tasks are stopped: interrupt, then grace, then kill; and how an interrupted worker is won back.
+
+Theory of operation: a task's deadline stands in its lease, and the supervisor's thread sleeps until the first of them
+(`Crew.look_by` wakes it if a new one is earlier), so a timeout holds while the event loop is blocked, and nobody polls.
+When it has passed, the task is interrupted, and the lease's deadline becomes the end of the grace.  The call goes on
+waiting for its answer, and learns there what has become of its task.  If there is no answer by then, the worker is
+doomed under the dispatcher's lock, so that it cannot go to another call meanwhile, and killed.
+
+A call that is given up does not wait.  It leaves its worker to the supervisor, which interrupts the task, reads the
+answer in the call's place and throws it away; then the worker is ready again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from ._dispatch import Verdict
+from ._frames import ProtocolError
+from ._worker import State, WorkerGone
+
+if TYPE_CHECKING:
+    from ._crew import Crew
+    from ._dispatch import Dispatcher, Lease
+    from ._worker import Worker
+
+
+class Stopping:
+    """Stops the tasks of a crew's workers; all in the supervisor's thread."""
+
+    def __init__(self, grace: float, crew: Crew, dispatcher: Dispatcher[Worker]) -> None:
+        self._grace = grace
+        self._crew = crew
+        self._dispatcher = dispatcher
+
+    def next_deadline(self) -> float:
+        """Return when the next task has to be interrupted, or its worker killed."""
+        return min((lease.deadline for lease in self._dispatcher.leases()), default=math.inf)
+
+    def enforce_deadlines(self, now: float) -> None:
+        """Interrupt the tasks that have run long enough; kill the workers that an interrupt did not free."""
+        for lease in self._dispatcher.leases():
+            if lease.deadline > now:
+                continue
+            if lease.verdict is None:
+                self.interrupt(lease, Verdict.TIMED_OUT)
+            else:
+                self._kill(lease)
+
+    def interrupt(self, lease: Lease[Worker], verdict: Verdict) -> None:
+        """Interrupt a task, unless it has been before."""
+        worker = lease.worker
+        if lease.verdict is not None or worker is None:
+            return
+        lease.interrupted = time.monotonic()
+        lease.deadline = lease.interrupted + self._grace
+        lease.verdict = verdict  # before the answer can come
+        worker.process.interrupt(lease.task_id)
+
+    def _kill(self, lease: Lease[Worker]) -> None:
+        worker = lease.worker
+        if worker is None:
+            return
+        if worker.process.has_finished(lease.task_id):
+            lease.deadline = math.inf  # its answer is there; the caller is late to read it
+        elif self._dispatcher.doom(lease):
+            self._crew.kill(worker)
+
+    # --- workers whose call was given up ---
+
+    def recover(self, lease: Lease[Worker]) -> Worker | None:
+        """Take over the worker of a given-up call and interrupt its task; `_on_answer` makes it ready again.
+
+        Returns:
+            The worker, if there is no way back for it.
+        """
+        self.interrupt(lease, Verdict.GIVEN_UP)
+        worker = self._dispatcher.take_over(lease, expected=True)
+        if worker is None:
+            return None
+        if worker.state is not State.READY:
+            self._dispatcher.remove(worker)
+            return worker
+        worker.state = State.RECOVERING
+        worker.deadline = lease.deadline
+        self._crew.watch_channel(worker, self._on_answer, writable=worker.unsent is not None)
+        return None
+
+    def _on_answer(self, worker: Worker) -> None:
+        if worker.state is not State.RECOVERING:
+            self._crew.unwatch_channel(worker)
+            return
+        try:
+            if worker.unsent is not None and worker.send_rest():
+                self._crew.watch_channel(worker, self._on_answer)  # it was given up before all was sent
+            frame = worker.receive()
+        except (WorkerGone, ConnectionError, ProtocolError):
+            self._crew.unwatch_channel(worker)
+            self._crew.kill(worker)
+            return
+        if frame is None:
+            return
+        self._crew.unwatch_channel(worker)
+        worker.process.take_stack()
+        worker.in_call = False
+        worker.state = State.READY
+        worker.deadline = math.inf
+        self._dispatcher.add_ready(worker)
