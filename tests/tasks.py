@@ -367,3 +367,143 @@ def die_soon() -> None:
 def delete_stdout() -> int:
     del sys.stdout
     return os.getpid()
+
+
+# --- tasks that are stopped ---
+
+
+def match_catastrophically() -> None:
+    import re
+
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+def sleep_long() -> None:
+    time.sleep(3600)
+
+
+def wait_in_asyncio() -> None:
+    import asyncio
+
+    asyncio.run(asyncio.sleep(3600))
+
+
+def wait_for_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def run_program() -> None:
+    import subprocess
+
+    subprocess.run(["sleep", "3600"], check=True)
+
+
+def swallow_interrupts() -> None:
+    while True:
+        try:
+            time.sleep(3600)
+        except BaseException:
+            continue
+
+
+class SleepsWhenRebuilt:
+    def __reduce__(self) -> Any:
+        return time.sleep, (3600,)
+
+
+def return_what_sleeps_when_pickled() -> Any:
+    return SleepsWhenPickled()
+
+
+class SleepsWhenPickled:
+    def __reduce__(self) -> Any:
+        time.sleep(3600)
+        return int, ()
+
+
+def report_begin(fifo: str, fn: Any, *args: Any) -> Any:
+    """Write the pid into a FIFO, which waits for a reader, then run `fn`."""
+    with open(fifo, "w") as file:
+        file.write(f"{os.getpid()}\n")
+    return fn(*args)
+
+
+def write_in_finally(path: str) -> None:
+    try:
+        time.sleep(3600)
+    finally:
+        Path(path).write_text("finally")
+
+
+def return_when_interrupted(value: object) -> object:
+    try:
+        time.sleep(3600)
+    except cpupool.TaskInterrupted:
+        return value
+
+
+def raise_when_interrupted() -> None:
+    try:
+        time.sleep(3600)
+    except BaseException as error:
+        raise TwoArguments(7, "stopped") from error
+
+
+def die_when_interrupted() -> None:
+    try:
+        time.sleep(3600)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def busy(seconds: float) -> int:
+    """Use the CPU for so long, counted in CPU time, so that it ends near its deadline."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+    return os.getpid()
+
+
+def describe_task() -> tuple[int, str | None, int]:
+    task = cpupool.current_task()
+    assert task is not None
+    return task.id, task.label, task.attempt
+
+
+def die_unless_attempt(number: int, path: str) -> int:
+    task = cpupool.current_task()
+    assert task is not None
+    append_line(path)
+    if task.attempt < number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task.attempt
+
+
+def describe_task_in_thread() -> int:
+    attempts: list[int] = []
+    thread = threading.Thread(target=lambda: attempts.append(describe_task()[2]))
+    thread.start()
+    thread.join()
+    return attempts[0]
+
+
+def append_line_and_sleep(path: str) -> None:
+    append_line(path)
+    time.sleep(3600)
+
+
+def append_text(path: str, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def fork_and_hold_gil(path: str) -> None:
+    Path(path).write_text(str(fork_grandchild(False)))
+    hold_gil_forever()
+
+
+def hold_and_return_much(fifo_in: str, fifo_out: str, size: int) -> bytes:
+    hold(fifo_in, fifo_out)
+    return bytes(size)

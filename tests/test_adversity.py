@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import anyio
@@ -17,6 +18,7 @@ import pytest
 import tasks
 from conftest import IGNORE_FORK_WARNING, START_METHODS, RunScript, wait_until_gone
 from cpupool import CpuPool, InitializerFailed, RemoteError, ResultNotPicklable, TaskNotPicklable, WorkerDied
+from cpupool._dispatch import Lease
 
 
 def test_a_waiter_of_a_closed_loop_costs_nobody_else_anything(tmp_path: Path) -> None:
@@ -271,13 +273,13 @@ def test_a_pool_used_by_garbage_collection_in_its_own_thread_says_so() -> None:
                 except RuntimeError as error:
                     errors.append(error)
 
-        pool._supervisor.post(pool._dispatcher.borrow_idle)
+        lease: Lease[Any] = Lease(1)
+        pool._supervisor.post(pool._dispatcher.borrow_idle, lease)
         pool._supervisor.post(call_from_the_thread)
         pool._supervisor.post(done.set)
         done.wait()
         assert "own thread" in str(errors[0])
-        for worker in list(pool._dispatcher._lent):
-            pool._dispatcher.give_back(worker)
+        assert pool._dispatcher.give_back(lease)
     assert len(errors) == 2
 
 

@@ -94,7 +94,7 @@ async def test_warm_up_starts_all_workers() -> None:
     await pool.warm_up()
     assert "3 idle, 0 busy, 0 starting" in repr(pool)
     await pool.warm_up()
-    assert len(pool._supervisor._workers) == 3
+    assert len(pool._supervisor._crew.workers) == 3
     await pool.aclose()
 
 
@@ -132,7 +132,7 @@ async def test_the_initializer_s_own_error_arrives(start_method: str) -> None:
     assert "raised TwoArguments: 1: no model" in str(errors[0])
     with pytest.raises(InitializerFailed):
         await pool.warm_up()
-    assert next(pool._supervisor._start._numbers) <= 6  # type: ignore[attr-defined]  # processes started, at most two a failure
+    assert next(pool._supervisor._births._start._numbers) <= 6  # type: ignore[attr-defined]  # processes started, at most two a failure
     await pool.aclose()
 
 
@@ -325,7 +325,7 @@ if __name__ == "__main__":
         try:
             pool.run_sync(begin, sys.argv[1])
         except KeyboardInterrupt:
-            print("interrupted", pool.run_sync(tasks.get_pid) != worker)
+            print("interrupted", pool.run_sync(tasks.get_pid) == worker)
 """,
         str(fifo),
     )
@@ -342,7 +342,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with cpupool.CpuPool(1) as pool:
         os.kill(pool.run_sync(tasks.get_pid), signal.SIGSTOP)  # it can neither read nor exit
-        next(iter(pool._supervisor._workers)).hang_up()
+        next(iter(pool._supervisor._crew.workers)).hang_up()
         assert pool.run_sync(abs, -1) == 1
     print("alive")
 """)

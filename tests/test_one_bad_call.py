@@ -105,7 +105,7 @@ async def test_a1_a_death_is_noticed_though_a_grandchild_holds_the_connection(in
 
 
 async def _pids(pool: CpuPool) -> list[int]:
-    return [worker.process.pid for worker in pool._supervisor._workers]
+    return [worker.process.pid for worker in pool._supervisor._crew.workers]
 
 
 async def test_a2_what_an_idle_worker_had_started_is_killed_with_it() -> None:
@@ -119,7 +119,7 @@ async def test_a3_a_connection_found_closed_sends_the_call_to_another() -> None:
     async with CpuPool(1) as pool:
         pid = await pool.run(tasks.get_pid)
         os.kill(pid, signal.SIGSTOP)  # it can neither read nor exit
-        next(iter(pool._supervisor._workers)).hang_up()
+        next(iter(pool._supervisor._crew.workers)).hang_up()
         assert await pool.run(tasks.get_pid) != pid
 
 

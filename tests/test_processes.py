@@ -497,7 +497,7 @@ async def main(method, where):
     usual = statistics.median(gaps)
     gaps.clear()
     if where == "on the loop":  # the control: what the supervisor's thread does, one at a time, done here
-        processes = [pool._supervisor._start() for _ in range(4)]
+        processes = [pool._supervisor._births._start() for _ in range(4)]
     else:
         await pool.run(abs, -1)
     await asyncio.sleep(0.02)

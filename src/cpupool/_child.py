@@ -8,9 +8,10 @@ error are never the protocol.
 Rules: stdlib and layer 0 only, and nothing of asyncio, so that a worker starts in milliseconds.
 
 The *status page* is one file of memory that both sides hold; its cells are numbered below.  The worker writes which
-task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun, and which it last
-finished.  The pool writes which task it has condemned, and then sends the interrupt signal.  Behind that page
-`faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels it.
+task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun; which it has last
+interrupted; and which it last finished.  The pool writes which task it has condemned, and then sends the interrupt
+signal.  Behind that page `faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels
+it.
 
 How an interrupt can only hit the task it is meant for: see `Interrupts`.
 """
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from ._frames import Frame
 
 STATUS_PAGE_SIZE = mmap.PAGESIZE
-PICKED_UP, CONDEMNED, FINISHED = range(3)  # cells of the status page: task ids, each a native unsigned 64-bit number
+PICKED_UP, CONDEMNED, INTERRUPTED, FINISHED = range(
+    4
+)  # cells of the status page: task ids, each a native unsigned 64-bit number
 CELL_SIZE = 8
 
 # Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
@@ -194,6 +197,7 @@ class Interrupts:
     def raise_if_condemned(self, *_: object) -> None:
         """Handle the signal: raise in the task that is armed, if it is the one."""
         if self.armed and self.page[CONDEMNED] == self.armed:
+            self.page[INTERRUPTED] = self.armed
             self.armed = 0
             self.hit = True
             raise TaskInterrupted

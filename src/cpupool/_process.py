@@ -131,9 +131,17 @@ class WorkerProcess:
         """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
         return self._read_cell(_child.PICKED_UP)
 
+    def is_running(self, task_id: int) -> bool:
+        """Return True from when the worker has picked that task up until it is done; its answer may still be coming."""
+        return self.last_task_id() == task_id and not self.has_finished(task_id)
+
     def has_finished(self, task_id: int) -> bool:
-        """Return True if that is the last task that the worker is done with; its answer may still be on the way."""
+        """Return True if that is the last task that the worker is done with."""
         return self._read_cell(_child.FINISHED) == task_id
+
+    def has_felt_interrupt(self, task_id: int) -> bool:
+        """Return True if that is the last task in which `TaskInterrupted` was raised."""
+        return self._read_cell(_child.INTERRUPTED) == task_id
 
     def _read_cell(self, index: int) -> int:
         return int.from_bytes(os.pread(self._status, _child.CELL_SIZE, index * _child.CELL_SIZE), sys.byteorder)
@@ -142,8 +150,13 @@ class WorkerProcess:
         """Raise `TaskInterrupted` in that task, whether it runs or is still to be picked up; nothing if it is over."""
         if self._is_forgotten:
             return
+        self._forget_stacks()  # what follows is of this task
         condemned = task_id.to_bytes(_child.CELL_SIZE, sys.byteorder)
         os.pwrite(self._status, condemned, _child.CONDEMNED * _child.CELL_SIZE)
+        self.send_interrupt()
+
+    def send_interrupt(self) -> None:
+        """Send the signal alone, once more."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, _child.INTERRUPT_SIGNAL)
@@ -151,20 +164,21 @@ class WorkerProcess:
                 os.kill(self.pid, _child.INTERRUPT_SIGNAL)
 
     def take_stack(self) -> str | None:
-        """Return, and forget, the Python stack that `faulthandler` wrote last: at a crash, or at an interrupt."""
-        start = max(os.fstat(self._status).st_size - _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE)
-        text = os.pread(self._status, _MAX_STACK_BYTES, start).decode("utf-8", "replace")
+        """Return, and forget, the Python stack that `faulthandler` wrote at a crash, or else at the first interrupt."""
+        text = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE).decode("utf-8", "replace")
         if not text:
             return None
-        os.ftruncate(self._status, _child.STATUS_PAGE_SIZE)
-        os.lseek(self._status, _child.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
-        start = text.rfind(_FATAL)  # nothing comes after that
-        if start < 0:
-            start = text.rfind(_STACK)  # an interrupt that came too late for its task may have left one before
-        lines = text[max(start, 0) :].splitlines()
-        own = itertools.takewhile(lambda line: _child.__file__ not in line, lines)  # the task's own frames
+        self._forget_stacks()
+        start = max(text.find(_FATAL), 0)
+        first = text[start:].split(f"\n{_STACK}")
+        text = f"\n{_STACK}".join(first[:2] if text.startswith(_FATAL, start) else first[:1])
+        own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
         stack = "\n".join(own).strip()
         return None if stack in ("", _STACK) else stack
+
+    def _forget_stacks(self) -> None:
+        os.ftruncate(self._status, _child.STATUS_PAGE_SIZE)
+        os.lseek(self._status, _child.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
 
     def kill(self) -> None:
         """End the process and what it started, at once."""

@@ -6,6 +6,9 @@ When it has passed, the task is interrupted, and the lease's deadline becomes th
 waiting for its answer, and learns there what has become of its task.  If there is no answer by then, the worker is
 doomed under the dispatcher's lock, so that it cannot go to another call meanwhile, and killed.
 
+A signal that arrives just before the task makes a system call that blocks is seen by Python only after that call.  So it
+is sent again, at growing intervals, until the worker's status page says that the task has felt it.
+
 A call that is given up does not wait.  It leaves its worker to the supervisor, which interrupts the task, reads the
 answer in the call's place and throws it away; then the worker is ready again.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ._dispatch import Verdict
@@ -26,6 +30,18 @@ if TYPE_CHECKING:
     from ._worker import Worker
 
 
+FIRST_REMINDER = 0.005  # seconds after the first interrupt
+
+
+@dataclass(slots=True)
+class _Reminder:
+    """When the interrupt of a task is sent again; times in seconds, monotonic."""
+
+    task_id: int
+    due: float
+    interval: float
+
+
 class Stopping:
     """Stops the tasks of a crew's workers; all in the supervisor's thread."""
 
@@ -33,10 +49,13 @@ class Stopping:
         self._grace = grace
         self._crew = crew
         self._dispatcher = dispatcher
+        self._reminders: dict[Worker, _Reminder] = {}
 
     def next_deadline(self) -> float:
-        """Return when the next task has to be interrupted, or its worker killed."""
-        return min((lease.deadline for lease in self._dispatcher.leases()), default=math.inf)
+        """Return when the next task has to be interrupted, also again, or its worker killed."""
+        deadlines = [lease.deadline for lease in self._dispatcher.leases()]
+        deadlines += [reminder.due for reminder in self._reminders.values()]
+        return min(deadlines, default=math.inf)
 
     def enforce_deadlines(self, now: float) -> None:
         """Interrupt the tasks that have run long enough; kill the workers that an interrupt did not free."""
@@ -47,6 +66,19 @@ class Stopping:
                 self.interrupt(lease, Verdict.TIMED_OUT)
             else:
                 self._kill(lease)
+        for worker, reminder in list(self._reminders.items()):
+            if reminder.due <= now:
+                self._remind(worker, reminder)
+
+    def _remind(self, worker: Worker, reminder: _Reminder) -> None:
+        process, task_id = worker.process, reminder.task_id
+        is_alive = worker.state in (State.READY, State.RECOVERING)
+        if not is_alive or not process.is_running(task_id) or process.has_felt_interrupt(task_id):
+            del self._reminders[worker]
+        else:
+            process.send_interrupt()
+            reminder.due += reminder.interval
+            reminder.interval *= 2
 
     def interrupt(self, lease: Lease[Worker], verdict: Verdict) -> None:
         """Interrupt a task, unless it has been before."""
@@ -57,6 +89,7 @@ class Stopping:
         lease.deadline = lease.interrupted + self._grace
         lease.verdict = verdict  # before the answer can come
         worker.process.interrupt(lease.task_id)
+        self._reminders[worker] = _Reminder(lease.task_id, lease.interrupted + FIRST_REMINDER, FIRST_REMINDER)
 
     def _kill(self, lease: Lease[Worker]) -> None:
         worker = lease.worker

@@ -67,6 +67,7 @@ class Supervisor:
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
+        self._is_stopping = False
         self._stop_at = math.inf
         self._killed_at = math.inf
         self._stop_tickets: list[Ticket] = []
@@ -174,6 +175,7 @@ class Supervisor:
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
+        self._is_stopping = True
         self._stop_at = min(self._stop_at, deadline)
         if ticket is None:
             return
@@ -267,7 +269,7 @@ class Supervisor:
     # --- the end ---
 
     def _advance_stop(self) -> None:
-        if self._stop_at == math.inf:
+        if not self._is_stopping:
             return
         now = time.monotonic()
         if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
