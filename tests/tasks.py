@@ -441,7 +441,12 @@ def return_when_interrupted(value: object) -> object:
     try:
         time.sleep(3600)
     except cpupool.TaskInterrupted:
-        return value
+        pass
+    return value
+
+
+def return_it(value: object) -> object:
+    return value
 
 
 def raise_when_interrupted() -> None:

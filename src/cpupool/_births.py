@@ -84,8 +84,6 @@ class Births:
         self._fail(lambda: PoolBroken(text, error))
 
     def _on_first_words(self, worker: Worker) -> None:
-        if worker.state is State.ENDED or not self._crew.watches_channel(worker):
-            return  # its end was noticed in the same moment, and its last words are heard
         try:
             frame = worker.receive()
         except (WorkerGone, ConnectionError, ProtocolError):

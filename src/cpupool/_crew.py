@@ -73,7 +73,8 @@ class Crew:
         events = self._selector.select(timeout)
         self._wakes_at = -math.inf  # it is awake
         for key, _ in events:
-            key.data()
+            if self._selector.get_map().get(key.fd) is key:  # else an event before it has put an end to it
+                key.data()
 
     # --- workers ---
 

@@ -276,12 +276,13 @@ class Dispatcher(Generic[W]):
         overdue = []
         with self._lock:
             while self._queue_deadlines and self._queue_deadlines[0][0] <= now:
-                overdue.append(heapq.heappop(self._queue_deadlines)[2].ticket)
+                lease = heapq.heappop(self._queue_deadlines)[2]
+                if lease.ticket is not None and lease.is_waiting:
+                    overdue.append(lease.ticket)
+                    lease.ticket = None  # it waits no longer
+                    self.has_withdrawn = True
         for ticket in overdue:
-            if ticket is not None:
-                ticket.settle()  # nothing happens to those who were served or sent away before
-        if overdue:
-            self.has_withdrawn = True
+            ticket.settle()
 
     def shortfall(self) -> int:
         """Return how many workers should be started now."""

@@ -6,8 +6,8 @@ When it has passed, the task is interrupted, and the lease's deadline becomes th
 waiting for its answer, and learns there what has become of its task.  If there is no answer by then, the worker is
 doomed under the dispatcher's lock, so that it cannot go to another call meanwhile, and killed.
 
-A signal that arrives just before the task makes a system call that blocks is seen by Python only after that call.  So it
-is sent again, at growing intervals, until the worker's status page says that the task has felt it.
+A signal that arrives just before the task makes a system call that blocks is seen by Python only after that call.  So
+it is sent again, at growing intervals, until the worker's status page says that the task has felt it.
 
 A call that is given up does not wait.  It leaves its worker to the supervisor, which interrupts the task, reads the
 answer in the call's place and throws it away; then the worker is ready again.
@@ -121,9 +121,6 @@ class Stopping:
         return None
 
     def _on_answer(self, worker: Worker) -> None:
-        if worker.state is not State.RECOVERING:
-            self._crew.unwatch_channel(worker)
-            return
         try:
             if worker.unsent is not None and worker.send_rest():
                 self._crew.watch_channel(worker, self._on_answer)  # it was given up before all was sent
@@ -135,7 +132,8 @@ class Stopping:
         if frame is None:
             return
         self._crew.unwatch_channel(worker)
-        worker.process.take_stack()
+        if worker.state is not State.RECOVERING:
+            return  # it was killed in the moment of its answer
         worker.in_call = False
         worker.state = State.READY
         worker.deadline = math.inf
