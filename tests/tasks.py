@@ -512,3 +512,20 @@ def fork_and_hold_gil(path: str) -> None:
 def hold_and_return_much(fifo_in: str, fifo_out: str, size: int) -> bytes:
     hold(fifo_in, fifo_out)
     return bytes(size)
+
+
+def fail_or_spin(fail: bool) -> None:
+    if fail:
+        raise ValueError("asked to fail")
+    spin_forever()
+
+
+def spin_unless_first(number: int) -> int:
+    if number:
+        spin_forever()
+    return number
+
+
+def sleep_and_print(seconds: float, number: int) -> None:
+    time.sleep(seconds)
+    print(number)

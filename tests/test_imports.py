@@ -17,17 +17,29 @@ SOURCE = Path(cpupool.__file__).parent
 
 # The map in the package's docstring.  A module may import from lower layers, and from its own, but never upwards.
 LAYERS = [
-    {"_frames", "_payload", "_errors", "_current", "_roles", "_waiting", "_forking", "_settings", "_chunks", "_sizing"},
+    {
+        "_frames",
+        "_payload",
+        "_errors",
+        "_current",
+        "_batches",
+        "_roles",
+        "_waiting",
+        "_forking",
+        "_settings",
+        "_chunks",
+        "_sizing",
+    },
     {"_child", "_asyncio_waits", "_trio_waits"},
     {"_process", "_dispatch"},
     {"_worker"},
     {"_crew"},
     {"_births", "_stopping"},
     {"_supervisor"},
-    {"_call"},
+    {"_call", "_executor"},
     {"_pool", "_default"},
     {"__init__"},
-    {"domains", "_doctor", "__main__"},
+    {"executor", "domains", "_doctor", "__main__"},
 ]
 
 

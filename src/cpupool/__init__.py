@@ -3,9 +3,9 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _current _roles _waiting _forking _settings _chunks _sizing
-                          the wire, pickling, exceptions, the running task, roles of a process, waiting, forks,
-                          settings, cutting, limits
+    0  _frames _payload _errors _current _batches _roles _waiting _forking _settings _chunks _sizing
+                          the wire, pickling, exceptions, the running task, several calls in one, roles of a process,
+                          waiting, forks, settings, cutting, limits
     1  _child _asyncio_waits _trio_waits
                           what runs in a worker; waiting in a task
     2  _process _dispatch  one OS process; who gets which worker
@@ -13,11 +13,11 @@ the bottom up; imports point only downward:
     4  _crew               the workers of a pool, and sleeping until one needs attention
     5  _births _stopping   how workers become ready; how tasks are stopped
     6  _supervisor         the thread that does all that, and replaces and reaps
-    7  _call               one call on its way
+    7  _call _executor     one call on its way; calls through concurrent.futures
     8  _pool _default      CpuPool and the process's default pool
     9  __init__            this file
- 10  domains _doctor __main__
-                          the reference workload and the command line
+    10 executor domains _doctor __main__
+                          a drop-in for ProcessPoolExecutor; the reference workload; the command line
 """
 
 from __future__ import annotations
@@ -46,16 +46,20 @@ if TYPE_CHECKING:
     from ._errors import TaskNotPicklable as TaskNotPicklable
     from ._errors import TaskTimeout as TaskTimeout
     from ._errors import WorkerDied as WorkerDied
+    from ._executor import PoolExecutorFace as PoolExecutorFace
     from ._pool import CpuPool as CpuPool
     from ._pool import CpuPoolView as CpuPoolView
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._sizing import usable_cpus as usable_cpus
+    from .executor import PoolExecutor as PoolExecutor
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CpuPool": "_pool",
+    "PoolExecutor": "executor",
+    "PoolExecutorFace": "_executor",
     "CpuPoolError": "_errors",
     "InitializerFailed": "_errors",
     "PoolBroken": "_errors",

@@ -23,11 +23,12 @@ from ._supervisor import Supervisor
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
 
+    from ._executor import PoolExecutorFace
     from ._process import WorkerProcess
     from ._waiting import Waits
 
@@ -190,6 +191,14 @@ class CpuPool:
         options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
         return CpuPoolView(self, options)
 
+    def as_executor(self) -> PoolExecutorFace:
+        """Return a `concurrent.futures.Executor` over the same workers, for code that wants one.
+
+        It works with `asyncio`'s `run_in_executor`, `concurrent.futures.wait` and `as_completed`.  Shutting it down
+        does not close the pool.  Its calls are made from a thread of its own, which ends with it.
+        """
+        return _make_executor(self, self.run)
+
     # --- start and end ---
 
     async def warm_up(self) -> None:
@@ -327,6 +336,16 @@ class CpuPoolView:
         """Do as `CpuPool.options`; what is not given stays as it is in this view."""
         options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
         return CpuPoolView(self._pool, options)
+
+    def as_executor(self) -> PoolExecutorFace:
+        """Do as `CpuPool.as_executor`; its calls have the options of this view."""
+        return _make_executor(self._pool, self.run)
+
+
+def _make_executor(pool: CpuPool, run: Callable[..., Awaitable[Any]]) -> PoolExecutorFace:
+    from ._executor import PoolExecutorFace  # here: it loads asyncio, which most callers of a pool never need
+
+    return PoolExecutorFace(pool, run)
 
 
 class _WorkerStarter:

@@ -1,0 +1,415 @@
+"""The executor face of a pool: `concurrent.futures` over the same workers.
+
+Theory of operation: submitting must neither block nor need an event loop, so the calls of one executor live in one
+thread of its own, as tasks of an asyncio loop that runs there.  As many tasks as the pool has workers take the calls
+one after another from a deque and await `pool.run`; so all that holds for a call holds here too.  A future that is
+cancelled while its call runs cancels that await.
+
+Rules: the thread and its loop know the `Driver`, never the executor, so that an executor that nobody holds any more is
+collected, and then its thread ends when all calls are done.  What a collection calls takes no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures import _base as states
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+from ._batches import run_chunk
+from ._errors import InitializerFailed, PoolBroken, WorkerDied
+from ._forking import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from types import TracebackType
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ExecutorWorkerDied(WorkerDied, BrokenProcessPool):
+    """`WorkerDied`, for those who expect `BrokenProcessPool`; the executor is not broken and goes on."""
+
+
+class ExecutorInitializerFailed(InitializerFailed, BrokenProcessPool):
+    """`InitializerFailed`, for those who expect `BrokenProcessPool`; the next call tries again."""
+
+
+class ExecutorPoolBroken(PoolBroken, BrokenProcessPool):
+    """`PoolBroken`, for those who expect `BrokenProcessPool`; the next call tries again."""
+
+
+_BROKEN: dict[type, Callable[..., BaseException]] = {
+    WorkerDied: ExecutorWorkerDied,
+    InitializerFailed: ExecutorInitializerFailed,
+    PoolBroken: ExecutorPoolBroken,
+}
+
+
+class _Pool(Protocol):
+    """What an executor needs to know of its pool."""
+
+    @property
+    def max_workers(self) -> int: ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
+
+class CallFuture(Future[T]):
+    """A future whose `cancel` works as long as the call is not done: one that runs is stopped."""
+
+    def __init__(self, stop: Callable[[CallFuture[T]], object]) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def cancel(self) -> bool:
+        """Cancel the call.  Its worker is interrupted if it runs.  Returns False if it is done."""
+        if super().cancel():
+            return True
+        with self._condition:
+            if self._state != states.RUNNING:
+                return False
+            self._state = states.CANCELLED
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # as in the base class
+        self.set_running_or_notify_cancel()  # tells `wait` and `as_completed`
+        self._stop(self)
+        return True
+
+
+class _Work:
+    """One call that was submitted."""
+
+    __slots__ = ("args", "fn", "future", "kwargs")
+
+    def __init__(
+        self, future: CallFuture[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.future = future
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+
+
+class Driver:
+    """Makes the calls of one executor in a thread of its own."""
+
+    def __init__(
+        self, pool: _Pool, run: Callable[..., Awaitable[Any]], at_end: Callable[[], Awaitable[object]] | None
+    ) -> None:
+        """Args: `run` makes one call; `at_end` is awaited when the executor is shut down and all calls are done."""
+        self.pool = pool
+        self._run = run
+        self._at_end = at_end
+        self.is_shut = False
+        self._lock = threading.Lock()  # of submit and shutdown
+        self._reset()
+        _drivers.add(self)
+
+    def _reset(self) -> None:
+        self._queue: deque[_Work] = deque()
+        self._lanes = 0  # how many tasks take calls from the queue
+        self._running: dict[Future[Any], asyncio.Task[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # --- from any thread ---
+
+    def submit(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFuture[T]:
+        with self._lock:
+            if _is_exiting:
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self.is_shut or self.pool.is_closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            future: CallFuture[T] = CallFuture(self._stop)
+            self._queue.append(_Work(future, fn, args, kwargs))
+            if self._loop is None:
+                self._start()
+            if self._lanes < self.pool.max_workers:
+                self._call_in_loop(self._begin_lane)
+        return future
+
+    def _start(self) -> None:
+        loop = asyncio.new_event_loop()
+        self._ended: asyncio.Future[None] = loop.create_future()
+        thread = threading.Thread(target=self._main, args=(loop,), name="cpupool-executor", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            loop.close()
+            self._queue.clear()
+            raise
+        self._loop, self._thread = loop, thread
+
+    def _call_in_loop(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            pass  # closed: there is nothing left to do
+
+    def shut(self) -> None:
+        """Take no more calls.  It may run inside a garbage collection."""
+        self.is_shut = True
+        self._call_in_loop(self._end_if_done)
+
+    def cancel_pending(self) -> None:
+        """Cancel all calls that no worker runs yet."""
+        while True:
+            try:
+                work = self._queue.popleft()
+            except IndexError:
+                return
+            work.future.cancel()
+            work.future.set_running_or_notify_cancel()
+
+    def cancel_running(self) -> None:
+        """Stop all calls that are running."""
+        for future in list(self._running):
+            future.cancel()
+
+    def join(self) -> None:
+        """Wait until all calls are done, after `shut`."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _stop(self, future: Future[Any]) -> None:
+        self._call_in_loop(self._cancel_call, future)
+
+    # --- the thread ---
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_until_complete(self._ended)
+            if self._at_end is not None:
+                loop.run_until_complete(self._close_pool(self._at_end))
+        finally:
+            loop.close()
+
+    async def _close_pool(self, at_end: Callable[[], Awaitable[object]]) -> None:
+        await at_end()
+
+    def _begin_lane(self) -> None:
+        if self._queue and self._lanes < self.pool.max_workers:
+            self._lanes += 1
+            asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
+        """Make calls until none is left."""
+        lane: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]  # there is one
+        while self._queue:
+            try:
+                work = self._queue.popleft()
+            except IndexError:
+                break  # another thread has cancelled them
+            if work.future.set_running_or_notify_cancel():
+                self._running[work.future] = lane
+                await self._make_call(work)
+                del self._running[work.future]
+            del work  # the next wait may be long
+        self._lanes -= 1
+        self._begin_lane()  # for what was submitted meanwhile, by one who saw this lane still there
+        self._end_if_done()
+
+    async def _make_call(self, work: _Work) -> None:
+        future = work.future
+        try:
+            try:
+                result = await self._run(work.fn, *work.args, **work.kwargs)
+            except asyncio.CancelledError:
+                if not future.cancelled():
+                    raise
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
+            except BaseException as error:
+                future.set_exception(_as_executor_error(error))
+            else:
+                future.set_result(result)
+        except InvalidStateError:
+            pass  # it was cancelled in the moment of its outcome
+
+    def _cancel_call(self, future: Future[Any]) -> None:
+        lane = self._running.get(future)
+        if lane is not None:
+            lane.cancel()
+
+    def _end_if_done(self) -> None:
+        if self.is_shut and not self._queue and not self._lanes and not self._ended.done():
+            self._ended.set_result(None)
+
+    # --- forks ---
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: the thread, its loop and its calls are the parent's."""
+        _of_parent.append(self._loop)  # it cannot be closed: it looks as if it were running
+        self._lock = threading.Lock()
+        self._reset()
+
+
+def _as_executor_error(error: BaseException) -> BaseException:
+    make = _BROKEN.get(type(error))
+    if make is None:
+        return error
+    new = make(*error.args)
+    new.__cause__ = error.__cause__
+    return new.with_traceback(error.__traceback__)
+
+
+class PoolExecutorFace(Executor):
+    """A `concurrent.futures.Executor` over the workers of a pool; `CpuPool.as_executor` makes it.
+
+    It differs from `ProcessPoolExecutor` where that fails its users: `Future.cancel()` stops a call that runs, and a
+    crash fails one future, with an error that is both `WorkerDied` and `BrokenProcessPool`, and nothing else.
+    """
+
+    def __init__(
+        self,
+        pool: _Pool,
+        run: Callable[..., Awaitable[Any]],
+        at_end: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        self._driver = Driver(pool, run, at_end)
+        self._finalizer = weakref.finalize(self, self._driver.shut)
+        self._finalizer.atexit = False  # `_finish_at_exit` sees to the end of the program
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a worker run `fn(*args, **kwargs)` and return a future for its result.
+
+        What goes wrong, also in pickling, is the future's exception.
+
+        Raises:
+            RuntimeError: the executor was shut down, the pool closed, or the program is ending.
+
+        Cancellation: `Future.cancel()` as `CpuPool.run`; also while the call runs.
+        """
+        return self._driver.submit(fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        /,
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Call `fn` with the items of the iterables; return an iterator over the results, in order.
+
+        Args:
+            fn: the function.
+            *iterables: where its arguments come from, one of each iterable for each call; the shortest ends it.
+            timeout: seconds from now after which the iterator raises `TimeoutError`.
+            chunksize: how many items make one call.
+            buffersize: how many calls are submitted ahead of the iterator; by default all at once.
+
+        Raises:
+            ValueError: `chunksize` or `buffersize` is less than 1.
+
+        Cancellation: when the iterator is closed or raises, the calls that are left are cancelled, running ones too.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or >= 1.")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        items = zip(*iterables, strict=False)
+        submit = self._driver.submit
+        futures: Iterator[CallFuture[Any]]
+        if chunksize == 1:
+            futures = (submit(fn, args, {}) for args in items)
+        else:
+            chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+            futures = (submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
+        submitted = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
+        results = _results(submitted, futures, deadline)
+        return results if chunksize == 1 else _flatten(results)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; those accepted are still made.
+
+        Args:
+            wait: also wait until they are done.
+            cancel_futures: cancel those that do not run yet.
+        """
+        with self._driver._lock:
+            self._driver.shut()
+        if cancel_futures:
+            self._driver.cancel_pending()
+        if wait:
+            self._driver.join()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shut down; after Ctrl-C and the like, stop all calls instead of making them."""
+        if kind is not None and not issubclass(kind, Exception):
+            self._driver.cancel_pending()
+            self._driver.cancel_running()
+        self.shutdown()
+
+
+def _results(
+    submitted: deque[CallFuture[Any]], more: Iterator[CallFuture[Any]], deadline: float | None
+) -> Iterator[Any]:
+    try:
+        while submitted:
+            submitted.extend(itertools.islice(more, 1))
+            yield _take_result(submitted, deadline)
+    finally:
+        for future in submitted:
+            future.cancel()
+
+
+def _take_result(submitted: deque[CallFuture[Any]], deadline: float | None) -> Any:
+    """Wait for the first, and keep no reference to it or its result."""
+    result = submitted[0].result(None if deadline is None else deadline - time.monotonic())
+    submitted.popleft()
+    return result
+
+
+def _flatten(chunks: Iterator[list[Any]]) -> Iterator[Any]:
+    for chunk in chunks:
+        chunk.reverse()
+        while chunk:
+            yield chunk.pop()
+
+
+# --- the process's end, and its forks ---
+
+_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+_of_parent: list[asyncio.AbstractEventLoop | None] = []
+_is_exiting = False
+
+
+def _finish_at_exit() -> None:
+    """Make the calls that were accepted, as executors do, unless the program ends by Ctrl-C."""
+    global _is_exiting  # noqa: PLW0603  # a fact about this process
+    _is_exiting = True
+    drivers = list(_drivers)
+    for driver in drivers:
+        if getattr(sys, "last_type", None) is KeyboardInterrupt:
+            driver.cancel_pending()
+            driver.cancel_running()
+        driver.shut()
+    for driver in drivers:
+        driver.join()
+
+
+def _after_fork_in_child() -> None:
+    for driver in list(_drivers):
+        driver.forget_parent()
+
+
+at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_finish_at_exit)
