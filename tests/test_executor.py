@@ -383,16 +383,16 @@ def test_no_call_is_taken_after_the_program_s_end(run_script: RunScript) -> None
     done = run_script("""
 import atexit
 
-@atexit.register
 def run_last():
     try:
         executor.submit(id, None)
     except RuntimeError as error:
         print(error)
 
-import cpupool
-
 if __name__ == "__main__":
+    atexit.register(run_last)  # the first to be registered is the last to run
+    import cpupool
+
     executor = cpupool.PoolExecutor(1)
     executor.submit(id, 42).result()
 """)

@@ -200,7 +200,7 @@ class WorkerDied(CpuPoolError):
         return f"{message}\n{self.stack}" if self.stack else message
 
 
-class TaskNotPicklable(CpuPoolError):
+class TaskNotPicklable(CpuPoolError, pickle.PicklingError):
     """The function or an argument cannot be sent to a worker.
 
     Attributes:
@@ -221,7 +221,7 @@ class TaskNotPicklable(CpuPoolError):
         return f"{self.task} cannot be sent to a worker because of {self.argument} ({self.reason}). {self.advice}"
 
 
-class ResultNotPicklable(CpuPoolError):
+class ResultNotPicklable(CpuPoolError, pickle.PicklingError):
     """The task returned a value that cannot be sent back.
 
     Attributes:

@@ -112,14 +112,15 @@ class Driver:
         self._run = run
         self._at_end = at_end
         self.is_shut = False
-        self._lock = threading.Lock()  # of submit and shutdown
+        self._lock = threading.Lock()  # of the queue and the number of lanes
         self._reset()
         _drivers.add(self)
 
     def _reset(self) -> None:
         self._queue: deque[_Work] = deque()
-        self._lanes = 0  # how many tasks take calls from the queue
-        self._running: dict[Future[Any], asyncio.Task[None]] = {}
+        self._lanes = 0  # how many tasks make calls
+        self._running: dict[Future[Any], asyncio.Task[None] | None] = {}  # and who makes the call, once it has begun
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -132,11 +133,16 @@ class Driver:
             if self.is_shut or self.pool.is_closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             future: CallFuture[T] = CallFuture(self._stop)
-            self._queue.append(_Work(future, fn, args, kwargs))
+            work = _Work(future, fn, args, kwargs)
             if self._loop is None:
                 self._start()
             if self._lanes < self.pool.max_workers:
-                self._call_in_loop(self._begin_lane)
+                self._lanes += 1
+                future.set_running_or_notify_cancel()
+                self._running[future] = None
+                self._call_in_loop(self._begin_lane, work)
+            else:
+                self._queue.append(work)
         return future
 
     def _start(self) -> None:
@@ -147,7 +153,6 @@ class Driver:
             thread.start()
         except BaseException:
             loop.close()
-            self._queue.clear()
             raise
         self._loop, self._thread = loop, thread
 
@@ -165,17 +170,18 @@ class Driver:
 
     def cancel_pending(self) -> None:
         """Cancel all calls that no worker runs yet."""
-        while True:
-            try:
-                work = self._queue.popleft()
-            except IndexError:
-                return
+        with self._lock:
+            pending = list(self._queue)
+            self._queue.clear()
+        for work in pending:
             work.future.cancel()
             work.future.set_running_or_notify_cancel()
 
     def cancel_running(self) -> None:
         """Stop all calls that are running."""
-        for future in list(self._running):
+        with self._lock:
+            running = list(self._running)
+        for future in running:
             future.cancel()
 
     def join(self) -> None:
@@ -201,30 +207,35 @@ class Driver:
     async def _close_pool(self, at_end: Callable[[], Awaitable[object]]) -> None:
         await at_end()
 
-    def _begin_lane(self) -> None:
-        if self._queue and self._lanes < self.pool.max_workers:
-            self._lanes += 1
-            asyncio.get_running_loop().create_task(self._serve())
+    def _begin_lane(self, work: _Work) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(work))
+        self._tasks.add(task)  # a loop itself does not keep its tasks
+        task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self) -> None:
-        """Make calls until none is left."""
+    async def _serve(self, work: _Work | None) -> None:
+        """Make a call, and then others until none is left."""
         lane: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]  # there is one
-        while self._queue:
-            try:
-                work = self._queue.popleft()
-            except IndexError:
-                break  # another thread has cancelled them
-            if work.future.set_running_or_notify_cancel():
-                self._running[work.future] = lane
-                await self._make_call(work)
-                del self._running[work.future]
-            del work  # the next wait may be long
-        self._lanes -= 1
-        self._begin_lane()  # for what was submitted meanwhile, by one who saw this lane still there
+        while work is not None:
+            self._running[work.future] = lane
+            await self._make_call(work)
+            work = self._next_work(work.future)
         self._end_if_done()
+
+    def _next_work(self, done: Future[Any]) -> _Work | None:
+        with self._lock:
+            del self._running[done]
+            while self._queue:
+                work = self._queue.popleft()
+                if work.future.set_running_or_notify_cancel():
+                    self._running[work.future] = None
+                    return work
+            self._lanes -= 1
+            return None
 
     async def _make_call(self, work: _Work) -> None:
         future = work.future
+        if future.cancelled():
+            return  # before it began
         try:
             try:
                 result = await self._run(work.fn, *work.args, **work.kwargs)

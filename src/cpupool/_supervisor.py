@@ -94,10 +94,11 @@ class Supervisor:
                 threading.Thread(target=self._main, name=f"{self.name}-supervisor", daemon=True).start()
                 opened.pop_all()  # the thread closes them
         except BaseException as error:
-            cause = error
             self._unstarted.append(None)  # the next call tries again
-            text = f"the pool's thread could not be started: {type(error).__name__}: {error}"
+            text, cause = f"the pool's thread could not be started: {type(error).__name__}: {error}", error
             self.dispatcher.fail_queue(lambda: PoolBroken(text, cause))
+            if isinstance(error, Exception):
+                raise PoolBroken(text, error) from error
             raise
         if self.dispatcher.closed:
             self.stop_soon()  # closed in the same moment, by one who saw nothing to stop
