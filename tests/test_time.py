@@ -348,13 +348,16 @@ async def test_b4_finally_ran_and_the_initializer_did_not_run_again(tmp_path: Pa
 
 
 async def _race(pool: CpuPool, calls: int) -> dict[str, int]:
-    """Run calls whose timeout is their run time, each followed by one that must never feel an interrupt."""
+    """Run calls whose timeout is their run time, each followed by one that must never feel an interrupt.
+
+    The run times are spread over the millisecond in which the supervisor wakes up: that is as exact as it can.
+    """
     outcomes = {"value": 0, "timeout": 0}
     pids = {worker.process.pid for worker in pool._supervisor._crew.workers}
     for number in range(calls):
-        seconds = 0.0002 + number % 8 * 0.0001
+        timeout = 0.0005 + number % 7 * 0.0001
         try:
-            assert await pool.options(timeout=seconds).run(tasks.busy, seconds) in pids
+            assert await pool.options(timeout=timeout).run(tasks.busy, timeout + number % 11 * 0.0001) in pids
             outcomes["value"] += 1
         except TaskTimeout:
             outcomes["timeout"] += 1
