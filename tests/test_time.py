@@ -863,3 +863,62 @@ if __name__ == "__main__":
     assert time.monotonic() - start < 4
     assert (done.stderr, done.returncode) == ("", 0)
     wait_until_gone(int(done.stdout))
+
+
+def test_exceptions_from_a_signal_handler_lose_no_worker_and_no_call(run_script: RunScript) -> None:
+    """A handler raises at thousands of random moments in the main thread; the other threads' calls go on."""
+    done = run_script("""
+import random, signal, threading, time, warnings
+import cpupool, tasks
+
+warnings.simplefilter("ignore", RuntimeWarning)  # a coroutine may be abandoned before it begins
+
+class Raised(Exception):
+    pass
+
+def handler(*_):
+    raise Raised
+
+def call(number):
+    assert pool.run_sync(tasks.add, number, 1) == number + 1
+
+def call_until_the_end():
+    number = 0
+    while time.monotonic() < end:
+        call(number)
+        number += 1
+    fine.append(number)
+
+def get_pids():
+    return {worker.process.pid for worker in pool._supervisor._crew.workers}
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, handler)
+    fine, raised = [], 0
+    with cpupool.CpuPool(2, grace=60) as pool:
+        pids = get_pids()
+        end = time.monotonic() + 3
+        threads = [threading.Thread(target=call_until_the_end) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < end:
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 6e-4))
+                    for number in range(20):
+                        call(number)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Raised:
+                raised += 1
+        for thread in threads:
+            thread.join()
+        assert len(fine) == 3
+        assert raised > 500, raised
+        call(1)
+        assert get_pids() == pids
+        while "2 idle, 0 busy, 0 starting, 0 waiting" not in repr(pool):
+            time.sleep(0.001)
+    print("fine")
+""")
+    assert (done.stdout, done.stderr, done.returncode) == ("fine\n", "", 0)

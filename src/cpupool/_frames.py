@@ -115,7 +115,10 @@ class FrameDecoder:
         kind, task_id, end = self._header
         if len(buffer) < end:
             return None
-        self._header = None
         view = memoryview(buffer)
-        self._buffer = b"" if len(buffer) == end else bytes(view[end:])
-        return Frame(kind, task_id, view[HEADER_SIZE:end])
+        rest = b"" if len(buffer) == end else bytes(view[end:])
+        frame = Frame(kind, task_id, view[HEADER_SIZE:end])
+        # Now that nothing is called any more no signal handler can raise, and lose the frame that was taken out.
+        self._header = None
+        self._buffer = rest
+        return frame

@@ -40,7 +40,7 @@ def loads_result(data: memoryview | bytes) -> Any:
     try:
         return pickle.loads(data)
     except BaseException as error:
-        if not isinstance(error, Exception) and _comes_from_signal_handler(error):
+        if _comes_from_signal_handler(error):
             raise
         raise RebuildFailed from error
 
@@ -81,13 +81,16 @@ def dumps_call(fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapp
     try:
         return pickle.dumps((fn, args, kwargs), PROTOCOL)
     except Exception as error:
-        raise _explain(fn, args, kwargs, error) from error
+        explained = _explain(fn, args, kwargs, error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _explain(
     fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], error: Exception
-) -> Exception:
-    """Find the part of a call that pickle refuses, by trying each one alone."""
+) -> Exception | None:
+    """Find the part of a call that pickle refuses, by trying each one alone; None if it refuses nothing any more."""
     from ._errors import TaskNotPicklable, describe_callable
 
     task = describe_callable(fn)
@@ -99,6 +102,8 @@ def _explain(
     for name, value in parts:
         if not _pickles(value):
             return TaskNotPicklable(task, f"{name} (a {type(value).__name__})", reason, _ARGUMENT_ADVICE)
+    if _pickles((fn, args, kwargs)):
+        return None  # the error came from elsewhere: from a signal handler of the program
     return TaskNotPicklable(task, "the arguments together", reason, _ARGUMENT_ADVICE)
 
 

@@ -118,6 +118,7 @@ class Stopping:
         worker.state = State.RECOVERING
         worker.deadline = lease.deadline
         self._crew.watch_channel(worker, self._on_answer, writable=worker.unsent is not None)
+        self._on_answer(worker)  # it may be here already, and only not be noticed
         return None
 
     def _on_answer(self, worker: Worker) -> None:

@@ -7,10 +7,10 @@ such a coroutine's result by starting it.
 
 from __future__ import annotations
 
-import selectors
+import select
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Ticket:
     garbage-collected, which can happen in the middle of anything.
 
     Attributes:
-        waiting: what its maker waits on: a future, an event.
+        waiting: what its maker waits on: a future, a lock.
         value: what it was settled with, or None.
         error: the exception it was settled with instead, or None.
         is_settled: True once it is.
@@ -113,30 +113,33 @@ class BlockingWaits:
     """Waits by blocking the thread; Ctrl-C in the main thread ends the wait."""
 
     async def readable(self, channel: socket.socket) -> None:
-        _block_until(channel, selectors.EVENT_READ)
+        _block_until(channel, select.POLLIN)
 
     async def writable(self, channel: socket.socket) -> None:
-        _block_until(channel, selectors.EVENT_WRITE)
+        _block_until(channel, select.POLLOUT)
 
     def ticket(self) -> Ticket:
-        return Ticket(threading.Event(), _set_event)
+        lock = threading.Lock()  # not an Event: that one is left broken by an exception from a signal handler
+        lock.acquire()
+        return Ticket(lock, _release)
 
     async def settled(self, ticket: Ticket) -> None:
-        ticket.waiting.wait()
+        ticket.waiting.acquire()
 
     def shielded(self) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-def _set_event(ticket: Ticket) -> bool:
-    ticket.waiting.set()
+def _release(ticket: Ticket) -> bool:
+    with suppress(RuntimeError):  # it was woken before
+        ticket.waiting.release()
     return True
 
 
 def _block_until(channel: socket.socket, event: int) -> None:
-    with selectors.PollSelector() as selector:
-        selector.register(channel, event)
-        selector.select()
+    poll = select.poll()
+    poll.register(channel, event)
+    poll.poll()
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -5,6 +5,9 @@ Rules:
 - A worker's channel belongs to its owner: the supervisor until the worker is ready and after a call has given it up,
   otherwise the call it is lent to.
 - Only the supervisor changes `state`, along `_TRANSITIONS`.
+- A signal handler may raise in the main thread after any function call: when the system has sent or received, and
+  before the program has noted how much.  So the system calls are made by `list.extend(map(...))`, which notes it in C,
+  and whoever takes over the channel goes on from there.
 """
 
 from __future__ import annotations
@@ -78,7 +81,19 @@ class Worker:
         unsent: what is still to be sent of that call, or None.
     """
 
-    __slots__ = ("_decoder", "_state", "deadline", "heir", "in_call", "process", "tasks", "unsent", "was_killed")
+    __slots__ = (
+        "_decoder",
+        "_received",
+        "_sent",
+        "_state",
+        "deadline",
+        "heir",
+        "in_call",
+        "process",
+        "tasks",
+        "unsent",
+        "was_killed",
+    )
 
     def __init__(self, process: WorkerProcess, deadline: float) -> None:
         self.process = process
@@ -90,6 +105,8 @@ class Worker:
         self.unsent: memoryview | None = None
         self._state = State.STARTING
         self._decoder = FrameDecoder()
+        self._sent: list[int] = []  # bytes of `unsent` that are sent
+        self._received: list[bytes] = []  # what the decoder has not been fed yet
 
     def __repr__(self) -> str:
         return f"<Worker {self.process.pid} {self._state.value}>"
@@ -135,14 +152,21 @@ class Worker:
         Raises:
             ConnectionError: the connection has ended.
         """
+        if self._sent:
+            self._note_sent()
         if self.unsent is None:
             return True
         try:
-            sent = self.process.channel.send(self.unsent, _NO_SIGNAL)
+            self._sent.extend(map(self.process.channel.send, (self.unsent,), (_NO_SIGNAL,)))
         except BlockingIOError:
             return False
-        self.unsent = self.unsent[sent:] if sent < len(self.unsent) else None
+        self._note_sent()
         return self.unsent is None
+
+    def _note_sent(self) -> None:
+        rest = None if self.unsent is None else self.unsent[sum(self._sent) :]
+        self.unsent = rest or None
+        self._sent.clear()
 
     def receive(self) -> Frame | None:
         """Take what has arrived; return the frame it completes, if it does.
@@ -152,13 +176,16 @@ class Worker:
             ConnectionError, ProtocolError: it ended badly.
         """
         decoder = self._decoder
+        size = min(max(decoder.missing, _RECEIVE_SIZE), _MAX_RECEIVE_SIZE)
         try:
-            data = self.process.channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), _MAX_RECEIVE_SIZE))
+            self._received.extend(map(self.process.channel.recv, (size,)))
         except BlockingIOError:
-            return None
-        if not data:
-            raise WorkerGone
-        decoder.feed(data)
+            pass  # there may be something that was received before
+        while self._received:
+            if not self._received[0]:
+                raise WorkerGone
+            decoder.feed(self._received[0])
+            del self._received[0]
         return decoder.next_frame()
 
     def say_bye(self) -> None:
