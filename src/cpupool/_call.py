@@ -103,7 +103,7 @@ class Call:
             except WorkerGone:
                 return await _learn_death(lease, supervisor, waits)
             outcome = reply if lease.verdict is None else _read_interruption(reply, worker)
-            if supervisor.is_worn(worker):
+            if supervisor.max_tasks_per_child is not None and worker.tasks >= supervisor.max_tasks_per_child:
                 supervisor.post(supervisor.retire, lease)
             elif not dispatcher.give_back(lease):
                 supervisor.post(supervisor.bury, lease, None)  # it has died since, or is going to
@@ -122,7 +122,8 @@ class Call:
         if supervisor.dispatcher.enqueue(lease, deadline):
             return
         supervisor.run()  # after queueing: a start that fails fails the queue
-        supervisor.look_by(deadline)
+        if queue_timeout is not None:
+            supervisor.look_by(deadline)
         await waits.settled(ticket)
         ticket.result()
         if lease.worker is None:

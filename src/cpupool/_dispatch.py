@@ -117,7 +117,7 @@ class Dispatcher(Generic[W]):
         self._sweep_at = _SWEEP_AT_LEAST
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
-        self._average_run: float | None = None  # seconds
+        self._average_run = 0.0  # seconds; 0 before any task has ended
 
     # --- calls ---
 
@@ -154,7 +154,8 @@ class Dispatcher(Generic[W]):
                 lease.ticket = None
                 del self._idle[-1]
                 return True
-            self._check_room()
+            if self.max_pending is not None:
+                self._check_room(self.max_pending)
             if len(self._queue) + len(self._queue_deadlines) >= self._sweep_at:
                 self._sweep()
             if queue_deadline < math.inf:
@@ -165,10 +166,8 @@ class Dispatcher(Generic[W]):
             self._notify()
         return False
 
-    def _check_room(self) -> None:
-        if self.max_pending is None:
-            return
-        room = self.max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
+    def _check_room(self, max_pending: int) -> None:
+        room = max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
         if len(self._queue) >= room and self.has_withdrawn:
             self._sweep()
         if len(self._queue) >= room:
@@ -184,7 +183,7 @@ class Dispatcher(Generic[W]):
 
     def _estimate_run(self) -> float:
         """Return the average run time in seconds; before any task has ended, the longest so far."""
-        if self._average_run is not None:
+        if self._average_run:
             return self._average_run
         now = time.monotonic()
         begun = [lease.started for lease in self._lent.values() if lease is not None and lease.started]
@@ -212,9 +211,12 @@ class Dispatcher(Generic[W]):
                         return True
                     if self._lent.get(worker) is not lease:
                         return False
-                    self._note_run(lease)
-                    while self._queue and not self._queue[0].is_waiting:
-                        del self._queue[0]
+                    if lease.started:
+                        seconds = time.monotonic() - lease.started
+                        average = self._average_run or seconds
+                        self._average_run = average + _SMOOTHING * (seconds - average)
+                    while self._queue and self._queue[0].ticket is None:
+                        del self._queue[0]  # it has waited long enough
                     if not self._queue:
                         del self._lent[worker]
                         lease.worker = None
@@ -229,12 +231,6 @@ class Dispatcher(Generic[W]):
             if ticket is not None and ticket.settle():
                 return True
             lease = heir
-
-    def _note_run(self, lease: Lease[W]) -> None:
-        if lease.started:
-            seconds = time.monotonic() - lease.started
-            average = self._average_run
-            self._average_run = seconds if average is None else average + _SMOOTHING * (seconds - average)
 
     # --- supervisor ---
 

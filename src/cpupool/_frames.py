@@ -70,11 +70,15 @@ class FrameDecoder:
 
     Rules: `feed` takes whatever arrived; `next_frame` gives the next whole frame, or None while it is incomplete.
     Nothing is copied that need not be: a frame that arrives in one piece is given back as a view of that piece.
+
+    Attributes:
+        missing: how many more bytes `next_frame` wanted at least, when it last had none to give.
     """
 
-    __slots__ = ("_buffer", "_header")
+    __slots__ = ("_buffer", "_header", "missing")
 
     def __init__(self) -> None:
+        self.missing = HEADER_SIZE
         self._buffer: bytes | bytearray = b""
         self._header: tuple[Kind, int, int] | None = None  # of the frame at the start of the buffer; and its end
 
@@ -92,12 +96,6 @@ class FrameDecoder:
         """Task id of a frame whose header is here and whose body is not yet complete."""
         return None if self._header is None else self._header[1]
 
-    @property
-    def missing(self) -> int:
-        """How many bytes are wanted at least before `next_frame` can give a frame."""
-        end = HEADER_SIZE if self._header is None else self._header[2]
-        return max(end - len(self._buffer), 0)
-
     def next_frame(self) -> Frame | None:
         """Return the next whole frame, or None.
 
@@ -107,6 +105,7 @@ class FrameDecoder:
         buffer = self._buffer
         if self._header is None:
             if len(buffer) < HEADER_SIZE:
+                self.missing = HEADER_SIZE - len(buffer)
                 return None
             number, task_id, length = _HEADER.unpack_from(buffer)
             if number not in _KINDS:
@@ -114,6 +113,7 @@ class FrameDecoder:
             self._header = _KINDS[number], task_id, HEADER_SIZE + length
         kind, task_id, end = self._header
         if len(buffer) < end:
+            self.missing = end - len(buffer)
             return None
         view = memoryview(buffer)
         rest = b"" if len(buffer) == end else bytes(view[end:])

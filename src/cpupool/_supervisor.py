@@ -60,6 +60,7 @@ class Supervisor:
         self.dispatcher: Dispatcher[Worker] = Dispatcher(
             max_workers, settings.name, self.notify, max_pending=settings.max_pending
         )
+        self.max_tasks_per_child = settings.max_tasks_per_child
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
         self._births = Births(settings, start, self._crew, self.dispatcher)
@@ -111,11 +112,6 @@ class Supervisor:
     @property
     def is_running(self) -> bool:
         return not self._unstarted and not self.finished
-
-    def is_worn(self, worker: Worker) -> bool:
-        """Return True if a worker has run as many tasks as it may."""
-        limit = self._settings.max_tasks_per_child
-        return limit is not None and worker.tasks >= limit
 
     def stop_soon(self) -> None:
         """Stop everything without waiting for it."""

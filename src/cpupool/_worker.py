@@ -105,8 +105,8 @@ class Worker:
         self.unsent: memoryview | None = None
         self._state = State.STARTING
         self._decoder = FrameDecoder()
-        self._sent: list[int] = []  # bytes of `unsent` that are sent
-        self._received: list[bytes] = []  # what the decoder has not been fed yet
+        self._sent: list[int] = []  # how many bytes of `unsent` were sent, until that is noted there
+        self._received: list[bytes] = []  # what was received, until it is fed to the decoder
 
     def __repr__(self) -> str:
         return f"<Worker {self.process.pid} {self._state.value}>"
@@ -152,21 +152,19 @@ class Worker:
         Raises:
             ConnectionError: the connection has ended.
         """
-        if self._sent:
-            self._note_sent()
-        if self.unsent is None:
+        sent, unsent = self._sent, self.unsent
+        if unsent is None:
             return True
-        try:
-            self._sent.extend(map(self.process.channel.send, (self.unsent,), (_NO_SIGNAL,)))
-        except BlockingIOError:
-            return False
-        self._note_sent()
-        return self.unsent is None
-
-    def _note_sent(self) -> None:
-        rest = None if self.unsent is None else self.unsent[sum(self._sent) :]
-        self.unsent = rest or None
-        self._sent.clear()
+        if not sent:
+            try:
+                sent.extend(map(self.process.channel.send, (unsent,), (_NO_SIGNAL,)))
+            except BlockingIOError:
+                return False
+        rest = unsent[sent[0] :]
+        is_all = not rest
+        self.unsent = None if is_all else rest
+        del sent[0]
+        return is_all
 
     def receive(self) -> Frame | None:
         """Take what has arrived; return the frame it completes, if it does.
@@ -175,17 +173,17 @@ class Worker:
             WorkerGone: the connection has ended.
             ConnectionError, ProtocolError: it ended badly.
         """
-        decoder = self._decoder
-        size = min(max(decoder.missing, _RECEIVE_SIZE), _MAX_RECEIVE_SIZE)
+        decoder, received = self._decoder, self._received
+        size = _RECEIVE_SIZE if decoder.missing <= _RECEIVE_SIZE else min(decoder.missing, _MAX_RECEIVE_SIZE)
         try:
-            self._received.extend(map(self.process.channel.recv, (size,)))
+            received.extend(map(self.process.channel.recv, (size,)))
         except BlockingIOError:
             pass  # there may be something that was received before
-        while self._received:
-            if not self._received[0]:
+        while received:
+            if not received[0]:
                 raise WorkerGone
-            decoder.feed(self._received[0])
-            del self._received[0]
+            decoder.feed(received[0])
+            del received[0]
         return decoder.next_frame()
 
     def say_bye(self) -> None:
