@@ -123,6 +123,8 @@ class Dispatcher(Generic[W]):
 
     def borrow_idle(self, lease: Lease[W]) -> bool:
         """Lend an idle worker at once, if there is one."""
+        if not self._idle:
+            return False  # spares the lock; if that changes in this moment, `enqueue` sees it
         with self._lock:
             if self.closed or not self._idle:
                 return False
