@@ -159,9 +159,8 @@ def main(rounds: int) -> None:
         with cpupool.CpuPool(1, grace=GRACE) as pool:
             times = [seconds_to_free_cpu(pool, fn) for _ in range(rounds)]
         worst, middle = max(times) * 1e3, statistics.median(times) * 1e3
-        print(
-            f"deadline to free CPU, {fn.__name__:15s} {middle:7.1f} ms, worst {worst:7.1f} ms   (bound {bound * 1e3:.0f})"
-        )
+        what = f"deadline to free CPU, {fn.__name__}"
+        print(f"{what:40s}{middle:7.1f} ms, worst {worst:7.1f} ms   (bound {bound * 1e3:.0f})")
     delays = [asyncio.run(delay_of_others()) for _ in range(rounds)]
     busy, quiet = (statistics.median(each) * 1e3 for each in zip(*delays, strict=True))
     print(f"worst call on the other worker          {busy:7.1f} ms, without a kill {quiet:5.1f} ms   (bound 5 more)")

@@ -18,9 +18,9 @@ class Task:
     __slots__ = ("attempt", "id", "label")
 
     def __init__(self, task_id: int, label: str | None, attempt: int) -> None:
-        self.id = task_id
-        self.label = label
-        self.attempt = attempt
+        self.id: int = task_id
+        self.label: str | None = label
+        self.attempt: int = attempt
 
     def __repr__(self) -> str:
         return f"<Task {self.id} label={self.label!r} attempt={self.attempt}>"

@@ -89,7 +89,7 @@ class TaskTimeout(CpuPoolError, TimeoutError):
 
     def __init__(self, task: str, timeout: float, queued: float, ran: float, stack: str | None) -> None:
         super().__init__()  # OSError would make an errno and a file name of the first few
-        self.args = (task, timeout, queued, ran, stack)
+        self.args: tuple[Any, ...] = (task, timeout, queued, ran, stack)
         self.task = task
         self.timeout = timeout
         self.queued = queued
@@ -115,7 +115,7 @@ class QueueTimeout(CpuPoolError, TimeoutError):
 
     def __init__(self, task: str, queue_timeout: float, queued: float) -> None:
         super().__init__()  # as in TaskTimeout
-        self.args = (task, queue_timeout, queued)
+        self.args: tuple[Any, ...] = (task, queue_timeout, queued)
         self.task = task
         self.queue_timeout = queue_timeout
         self.queued = queued
