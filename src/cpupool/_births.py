@@ -72,7 +72,8 @@ class Births:
         except Exception as error:
             self._report_start_error(error)
             return None
-        worker = Worker(process, time.monotonic() + self._settings.start_timeout)
+        deadline = time.monotonic() + self._settings.start_timeout
+        worker = Worker(process, deadline, self._settings.max_tasks_per_child)
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
         self._crew.watch_channel(worker, self._on_first_words)

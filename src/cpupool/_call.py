@@ -71,18 +71,19 @@ class Call:
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
         """Have a worker run it, and return its value or raise its error."""
         attempt = 1
+        lease: Lease[Worker] = Lease(supervisor.next_task_id())
         while True:
-            lease: Lease[Worker] = Lease(supervisor.next_task_id())
             outcome = await self._attempt(lease, attempt, supervisor, waits)
             if not isinstance(outcome, Death):
                 return self._value(outcome, lease, supervisor)
-            if lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool):
-                raise self._stopped(outcome, lease, supervisor)
-            if outcome.last_task_id != lease.task_id:
-                continue  # the worker died before it picked the task up: nothing has run
-            if attempt > self._options.retries:
-                raise self._died(outcome)
-            attempt += 1
+            has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
+            is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
+            if is_stopped or (has_run and attempt > self._options.retries):
+                supervisor.dispatcher.forget_bereaved(lease)
+                supervisor.notify()
+                raise self._stopped(outcome, lease, supervisor) if is_stopped else self._died(outcome)
+            attempt += has_run
+            lease.begin(supervisor.next_task_id())
 
     async def _attempt(
         self, lease: Lease[Worker], attempt: int, supervisor: Supervisor, waits: Waits
@@ -94,7 +95,7 @@ class Call:
                 await self._wait_for_worker(lease, supervisor, waits)
             worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
             lease.started = time.monotonic()
-            if self._options.timeout is not None:
+            if self._options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
                 lease.deadline = lease.started + self._options.timeout
                 supervisor.look_by(lease.deadline)
             try:
@@ -103,7 +104,7 @@ class Call:
             except WorkerGone:
                 return await _learn_death(lease, supervisor, waits)
             outcome = reply if lease.verdict is None else _read_interruption(reply, worker)
-            if supervisor.max_tasks_per_child is not None and worker.tasks >= supervisor.max_tasks_per_child:
+            if not worker.tasks_left:
                 supervisor.post(supervisor.retire, lease)
             elif not dispatcher.give_back(lease):
                 supervisor.post(supervisor.bury, lease, None)  # it has died since, or is going to
@@ -160,7 +161,7 @@ class Call:
         return error
 
     def _died(self, death: Death) -> WorkerDied:
-        return WorkerDied(death.pid, death.exitcode, death.signal, None, self._name(), death.stack)
+        return WorkerDied(death.pid, death.exitcode, death.signal, None, self._name(), death.crash_stack)
 
     def _name(self) -> str:
         return describe_callable(self._fn) if self._options.label is None else self._options.label
@@ -176,16 +177,20 @@ def _read_interruption(reply: Frame, worker: Worker) -> Frame | Interruption:
 
 async def _learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:
     ticket = waits.ticket()
-    supervisor.post(supervisor.bury, lease, ticket)
-    await waits.settled(ticket)
+    try:
+        supervisor.post(supervisor.bury, lease, ticket)
+        await waits.settled(ticket)
+    except BaseException:
+        ticket.withdraw()
+        raise
     death: Death = ticket.result()
     return death
 
 
 def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
     """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
-    dispatcher = supervisor.dispatcher
-    if lease.ticket is not None and lease.ticket.withdraw():
+    dispatcher, ticket = supervisor.dispatcher, lease.ticket
+    if ticket is not None and ticket.withdraw():
         dispatcher.has_withdrawn = True
     elif lease.worker is not None:
         supervisor.post(supervisor.recover, lease)

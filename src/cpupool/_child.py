@@ -36,14 +36,14 @@ from ._frames import FrameDecoder, Kind, encode_frame, split_call
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
     from typing import Any
 
     from ._frames import Frame
 
 STATUS_PAGE_SIZE = mmap.PAGESIZE
-PICKED_UP, CONDEMNED, INTERRUPTED, FINISHED = range(
-    4
-)  # cells of the status page: task ids, each a native unsigned 64-bit number
+# Cells of the status page: task ids, each a native unsigned 64-bit number.
+PICKED_UP, CONDEMNED, INTERRUPTED, FINISHED = range(4)
 CELL_SIZE = 8
 
 # Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
@@ -139,7 +139,6 @@ def main(setup: Setup | PickledSetup) -> None:
     channel = setup.channel
     if isinstance(setup, Setup):
         atexit._clear()  # forked: these are the parent's
-    os.register_at_fork(after_in_child=channel.close)  # what a task forks must not keep a dead worker's channel open
     _reset_signals()
     os.setpgid(0, 0)  # Ctrl-C does not reach it, and a kill takes along what a task has started
     _detach_stdin()
@@ -148,6 +147,7 @@ def main(setup: Setup | PickledSetup) -> None:
     _die_with_parent(setup.liveness)
     page = _open_status_page(setup.status)
     interrupts = Interrupts(page)
+    os.register_at_fork(after_in_child=lambda: _become_no_worker(channel, interrupts))
     _await_interrupts(interrupts, setup.status)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -162,7 +162,7 @@ def main(setup: Setup | PickledSetup) -> None:
     _flush_output()
     try:
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, page, interrupts)
+        _serve(channel, interrupts)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     atexit._run_exitfuncs()  # a forked process ends without them
@@ -194,24 +194,41 @@ class Interrupts:
         self.armed = task_id
         self.raise_if_condemned()
 
-    def raise_if_condemned(self, *_: object) -> None:
-        """Handle the signal: raise in the task that is armed, if it is the one."""
-        if self.armed and self.page[CONDEMNED] == self.armed:
+    def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:
+        """Handle the signal: raise in the task that is armed, if it is the one.
+
+        Python ignores what is raised in a `__del__`; there it waits for the pool's next signal.
+        """
+        if self.armed and self.page[CONDEMNED] == self.armed and not _is_in_finalizer(frame):
             self.page[INTERRUPTED] = self.armed
             self.armed = 0
             self.hit = True
             raise TaskInterrupted
 
 
-def _serve(channel: socket.socket, page: memoryview, interrupts: Interrupts) -> None:
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _become_no_worker(channel: socket.socket, interrupts: Interrupts) -> None:
+    """Do in what a task has forked: it must not keep a dead worker's channel open, nor write in its status page."""
+    channel.close()
+    interrupts.page = memoryview(bytearray(STATUS_PAGE_SIZE)).cast("Q")
+
+
+def _serve(channel: socket.socket, interrupts: Interrupts) -> None:
     decoder = FrameDecoder()
-    while (frame := _next_frame(channel, decoder, page)) is not None and frame.kind is not Kind.BYE:
+    while (frame := _next_frame(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
         task_id = frame.task_id
         reply = _run_call(task_id, frame.body, interrupts)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
         set_current_task(None)
         _flush_output()
-        page[FINISHED] = task_id
+        interrupts.page[FINISHED] = task_id
         channel.sendall(reply)
         del reply
 

@@ -98,6 +98,13 @@ class Crew:
     def watches_channel(self, worker: Worker) -> bool:
         return worker.process.channel in self._selector.get_map()
 
+    def send_home(self, worker: Worker, deadline: float) -> None:
+        """Ask a worker that runs no task to exit; it is killed at `deadline`."""
+        if worker.state in (State.READY, State.RECOVERING):
+            worker.state = State.LEAVING
+            worker.deadline = deadline
+            worker.say_bye()
+
     def kill(self, worker: Worker) -> None:
         """Kill a worker and what it has started, unless it has ended or was killed before."""
         worker.deadline = math.inf

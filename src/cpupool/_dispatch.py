@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import itertools
 import math
 import threading
 import time
@@ -56,7 +57,8 @@ class Lease(Generic[W]):
         task_id: of the attempt.
         worker: what it holds, or None.
         ticket: what it waits on in the queue, None if it has not waited.
-        heir: the lease to which its worker went next.
+        heir: the lease to which its worker is going, until that is settled.
+        is_expired: True when it has waited long enough, and will not be given a worker any more.
         asked: when it began to wait, 0 if it has not.
         started: when the task was sent, 0 before.
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
@@ -64,13 +66,29 @@ class Lease(Generic[W]):
         interrupted: when that was, or infinite.
     """
 
-    __slots__ = ("asked", "deadline", "heir", "interrupted", "started", "task_id", "ticket", "verdict", "worker")
+    __slots__ = (
+        "asked",
+        "deadline",
+        "heir",
+        "interrupted",
+        "is_expired",
+        "started",
+        "task_id",
+        "ticket",
+        "verdict",
+        "worker",
+    )
 
     def __init__(self, task_id: int) -> None:
-        self.task_id = task_id
         self.worker: W | None = None
-        self.ticket: Ticket | None = None
         self.heir: Lease[W] | None = None
+        self.begin(task_id)
+
+    def begin(self, task_id: int) -> None:
+        """Begin an attempt, after the worker of the one before has died."""
+        self.task_id = task_id
+        self.ticket: Ticket | None = None
+        self.is_expired = False
         self.asked = 0.0
         self.started = 0.0
         self.deadline = math.inf
@@ -85,7 +103,7 @@ class Lease(Generic[W]):
     @property
     def is_waiting(self) -> bool:
         """True while it is in the queue and wants a worker."""
-        return self.ticket is not None and self.ticket.is_open
+        return self.ticket is not None and not self.is_expired and self.ticket.is_open
 
 
 class Dispatcher(Generic[W]):
@@ -115,6 +133,7 @@ class Dispatcher(Generic[W]):
         self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
         self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
+        self._bereaved: dict[Lease[W], Ticket] = {}  # their worker died; they may try again, or have given that up
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
         self._average_run = 0.0  # seconds; 0 before any task has ended
@@ -132,6 +151,8 @@ class Dispatcher(Generic[W]):
             lease.worker = worker
             self._lent[worker] = lease
             del self._idle[-1]
+            if self._bereaved:
+                self._bereaved.pop(lease, None)
         return True
 
     def enqueue(self, lease: Lease[W], queue_deadline: float = math.inf) -> bool:
@@ -147,7 +168,7 @@ class Dispatcher(Generic[W]):
             PoolClosed, PoolFull: the lease is not taken.
         """
         with self._lock:
-            if self.closed:
+            if self.closed and lease not in self._bereaved:
                 raise PoolClosed(self._name)
             if self._idle:
                 worker = self._idle[-1]
@@ -155,24 +176,30 @@ class Dispatcher(Generic[W]):
                 self._lent[worker] = lease
                 lease.ticket = None
                 del self._idle[-1]
+                self._bereaved.pop(lease, None)
                 return True
             if self.max_pending is not None:
-                self._check_room(self.max_pending)
+                self._check_room(lease, self.max_pending)
             if len(self._queue) + len(self._queue_deadlines) >= self._sweep_at:
                 self._sweep()
             if queue_deadline < math.inf:
                 heapq.heappush(self._queue_deadlines, (queue_deadline, lease.task_id, lease))
             self._queue.append(lease)
-            may_grow = len(self._expected) + len(self._lent) < self.max_workers
+            self._bereaved.pop(lease, None)
+            present = len(self._expected) + len(self._lent)
+            may_grow = present < self.max_workers
+            if may_grow:
+                self._wanted = max(self._wanted, present + 1)  # even if it does not wait that long
         if may_grow:
             self._notify()
         return False
 
-    def _check_room(self, max_pending: int) -> None:
+    def _check_room(self, lease: Lease[W], max_pending: int) -> None:
         room = max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
         if len(self._queue) >= room and self.has_withdrawn:
             self._sweep()
-        if len(self._queue) >= room:
+        if len(self._queue) >= room and lease not in self._bereaved:
+            lease.ticket = None  # it waits for nothing
             pending = len(self._queue)
             raise PoolFull(pending, (pending + 1) * self._estimate_run() / self.max_workers)
 
@@ -217,8 +244,8 @@ class Dispatcher(Generic[W]):
                         seconds = time.monotonic() - lease.started
                         average = self._average_run or seconds
                         self._average_run = average + _SMOOTHING * (seconds - average)
-                    while self._queue and self._queue[0].ticket is None:
-                        del self._queue[0]  # it has waited long enough
+                    while self._queue and self._queue[0].is_expired:
+                        del self._queue[0]
                     if not self._queue:
                         del self._lent[worker]
                         lease.worker = None
@@ -231,6 +258,7 @@ class Dispatcher(Generic[W]):
                     del self._queue[0]
                 ticket = heir.ticket
             if ticket is not None and ticket.settle():
+                lease.heir = None
                 return True
             lease = heir
 
@@ -275,9 +303,9 @@ class Dispatcher(Generic[W]):
         with self._lock:
             while self._queue_deadlines and self._queue_deadlines[0][0] <= now:
                 lease = heapq.heappop(self._queue_deadlines)[2]
-                if lease.ticket is not None and lease.is_waiting:
+                if lease.ticket is not None and lease.worker is None and lease.is_waiting:
                     overdue.append(lease.ticket)
-                    lease.ticket = None  # it waits no longer
+                    lease.is_expired = True
                     self.has_withdrawn = True
         for ticket in overdue:
             ticket.settle()
@@ -285,15 +313,13 @@ class Dispatcher(Generic[W]):
     def shortfall(self) -> int:
         """Return how many workers should be started now."""
         with self._lock:
-            needed = len(self._lent) + self._waiting()
+            waiting = (lease for lease in self._queue if lease.is_waiting)
+            needed = len(self._lent) + sum(1 for _ in itertools.islice(waiting, self.max_workers))
             if self.closed:
                 target = needed  # accepted calls still run; nothing is kept for later
             else:
                 target = max(self._wanted, needed)
             return max(min(target, self.max_workers) - self._present(), 0)
-
-    def _waiting(self) -> int:
-        return sum(lease.is_waiting for lease in self._queue)
 
     def _present(self) -> int:
         return len(self._expected) + len(self._idle) + len(self._lent)
@@ -345,6 +371,23 @@ class Dispatcher(Generic[W]):
         """Settle every waiting ticket with an error of its own."""
         self._fail(make_error, warm_up_only=False)
 
+    def note_bereaved(self, lease: Lease[W], ticket: Ticket) -> None:
+        """Note that a call has lost its worker: it may begin again, even after `close`.
+
+        `ticket` tells it of the death; the call withdraws it if it does not want to know any more.
+        """
+        with self._lock:
+            self._bereaved = {each: its for each, its in self._bereaved.items() if its.is_open or its.is_settled}
+            self._bereaved[lease] = ticket
+
+    def forget_bereaved(self, lease: Lease[W] | None = None) -> None:
+        """Note that this call, or any, does not begin again."""
+        with self._lock:
+            if lease is None:
+                self._bereaved.clear()
+            else:
+                self._bereaved.pop(lease, None)
+
     def _fail(self, make_error: Callable[[], BaseException], *, warm_up_only: bool) -> None:
         with self._lock:
             tickets = self._ready_tickets
@@ -387,9 +430,11 @@ class Dispatcher(Generic[W]):
     def is_quiet(self) -> bool:
         """Return True when no call runs or waits."""
         with self._lock:
-            return not self._lent and not self._waiting()
+            bereaved = any(ticket.is_open or ticket.is_settled for ticket in self._bereaved.values())
+            return not self._lent and not bereaved and not any(lease.is_waiting for lease in self._queue)
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""
         with self._lock:
-            return len(self._expected), len(self._idle), len(self._lent), self._waiting()
+            waiting = sum(lease.is_waiting for lease in self._queue)
+            return len(self._expected), len(self._idle), len(self._lent), waiting

@@ -64,6 +64,8 @@ class _Pool(Protocol):
     @property
     def is_closed(self) -> bool: ...
 
+    def _start(self) -> None: ...
+
 
 class CallFuture(Future[T]):
     """A future whose `cancel` works as long as the call is not done: one that runs is stopped."""
@@ -81,9 +83,9 @@ class CallFuture(Future[T]):
                 return False
             self._state = states.CANCELLED
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]  # as in the base class
-        self.set_running_or_notify_cancel()  # tells `wait` and `as_completed`
         self._stop(self)
+        self.set_running_or_notify_cancel()  # tells `wait` and `as_completed`
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # the user's, which may do anything, come last
         return True
 
 
@@ -132,10 +134,10 @@ class Driver:
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self.is_shut or self.pool.is_closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            future: CallFuture[T] = CallFuture(self._stop)
-            work = _Work(future, fn, args, kwargs)
             if self._loop is None:
                 self._start()
+            future: CallFuture[T] = CallFuture(self._stop)
+            work = _Work(future, fn, args, kwargs)
             if self._lanes < self.pool.max_workers:
                 self._lanes += 1
                 future.set_running_or_notify_cancel()
@@ -146,14 +148,18 @@ class Driver:
         return future
 
     def _start(self) -> None:
-        loop = asyncio.new_event_loop()
-        self._ended: asyncio.Future[None] = loop.create_future()
-        thread = threading.Thread(target=self._main, args=(loop,), name="cpupool-executor", daemon=True)
+        """Start all threads now, in the caller's: where the program is about to end, none can be started later on."""
+        loop = None
         try:
+            self.pool._start()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._main, args=(loop,), name="cpupool-executor", daemon=True)
+            self._ended: asyncio.Future[None] = loop.create_future()
             thread.start()
-        except BaseException:
-            loop.close()
-            raise
+        except Exception as error:
+            if loop is not None:
+                loop.close()
+            raise ExecutorPoolBroken(f"the executor could not be started: {error}", error) from error
         self._loop, self._thread = loop, thread
 
     def _call_in_loop(self, function: Callable[..., object], *args: object) -> None:
@@ -169,7 +175,7 @@ class Driver:
         self._call_in_loop(self._end_if_done)
 
     def cancel_pending(self) -> None:
-        """Cancel all calls that no worker runs yet."""
+        """Cancel all calls that were not handed to the pool yet."""
         with self._lock:
             pending = list(self._queue)
             self._queue.clear()
@@ -236,19 +242,25 @@ class Driver:
         future = work.future
         if future.cancelled():
             return  # before it began
+        finish: Callable[[Any], object]
         try:
-            try:
-                result = await self._run(work.fn, *work.args, **work.kwargs)
-            except asyncio.CancelledError:
-                if not future.cancelled():
-                    raise
-                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
-            except BaseException as error:
-                future.set_exception(_as_executor_error(error))
-            else:
-                future.set_result(result)
+            outcome = await self._run(work.fn, *work.args, **work.kwargs)
+            finish = future.set_result
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                raise
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
+            return
+        except BaseException as error:
+            outcome = _as_executor_error(error)
+            finish = future.set_exception
+        try:
+            finish(outcome)
         except InvalidStateError:
             pass  # it was cancelled in the moment of its outcome
+        except BaseException as error:  # a callback of the user's: it must not end the others' calls
+            context = {"message": "a done-callback of a future raised", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     def _cancel_call(self, future: Future[Any]) -> None:
         lane = self._running.get(future)
@@ -269,12 +281,13 @@ class Driver:
 
 
 def _as_executor_error(error: BaseException) -> BaseException:
+    """Return the error that a future gets: without this thread's frames, which would hold the call's arguments."""
     make = _BROKEN.get(type(error))
     if make is None:
-        return error
+        return error.with_traceback(None)
     new = make(*error.args)
     new.__cause__ = error.__cause__
-    return new.with_traceback(error.__traceback__)
+    return new
 
 
 class PoolExecutorFace(Executor):
@@ -344,6 +357,7 @@ class PoolExecutorFace(Executor):
             futures = (submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
         submitted = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
         results = _results(submitted, futures, deadline)
+        next(results)  # into its `try`, so that closing it cancels what is left even if nobody has asked for a result
         return results if chunksize == 1 else _flatten(results)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -351,7 +365,7 @@ class PoolExecutorFace(Executor):
 
         Args:
             wait: also wait until they are done.
-            cancel_futures: cancel those that do not run yet.
+            cancel_futures: cancel those that were not handed to the pool yet.
         """
         with self._driver._lock:
             self._driver.shut()
@@ -373,10 +387,17 @@ class PoolExecutorFace(Executor):
 def _results(
     submitted: deque[CallFuture[Any]], more: Iterator[CallFuture[Any]], deadline: float | None
 ) -> Iterator[Any]:
+    refused: RuntimeError | None = None
     try:
+        yield None
         while submitted:
-            submitted.extend(itertools.islice(more, 1))
+            try:
+                submitted.extend(itertools.islice(more, 1))
+            except RuntimeError as error:  # the executor was shut down: what was submitted before still counts
+                refused, more = error, iter(())
             yield _take_result(submitted, deadline)
+        if refused is not None:
+            raise refused
     finally:
         for future in submitted:
             future.cancel()

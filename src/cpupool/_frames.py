@@ -96,6 +96,14 @@ class FrameDecoder:
         """Task id of a frame whose header is here and whose body is not yet complete."""
         return None if self._header is None else self._header[1]
 
+    def drop_body(self) -> None:
+        """Throw away what is here of the body of a frame that is not complete: it is not wanted."""
+        if self._header is not None:
+            kind, task_id, end = self._header
+            kept = bytes(self._buffer[:HEADER_SIZE])
+            self._header = kind, task_id, end - (len(self._buffer) - len(kept))
+            self._buffer = kept
+
     def next_frame(self) -> Frame | None:
         """Return the next whole frame, or None.
 

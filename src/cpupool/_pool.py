@@ -295,6 +295,10 @@ class CpuPool:
             )
             self._supervisor.stop_soon()
 
+    def _start(self) -> None:
+        """Start the pool's thread, as the first call does."""
+        self._supervisor.run()
+
     def _after_fork_in_child(self) -> None:
         closed = self._dispatcher.closed
         self._set_up()

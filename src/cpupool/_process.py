@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
-_FATAL, _STACK = "Fatal Python error: ", "Stack (most recent call first):"  # how faulthandler begins
+CRASH_HEADING, _STACK = "Fatal Python error: ", "Stack (most recent call first):"  # as faulthandler begins
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -169,9 +169,9 @@ class WorkerProcess:
         if not text:
             return None
         self._forget_stacks()
-        start = max(text.find(_FATAL), 0)
+        start = max(text.find(CRASH_HEADING), 0)
         first = text[start:].split(f"\n{_STACK}")
-        text = f"\n{_STACK}".join(first[:2] if text.startswith(_FATAL, start) else first[:1])
+        text = f"\n{_STACK}".join(first[:2] if text.startswith(CRASH_HEADING, start) else first[:1])
         own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
         stack = "\n".join(own).strip()
         return None if stack in ("", _STACK) else stack

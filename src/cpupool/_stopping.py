@@ -102,24 +102,16 @@ class Stopping:
 
     # --- workers whose call was given up ---
 
-    def recover(self, lease: Lease[Worker]) -> Worker | None:
-        """Take over the worker of a given-up call and interrupt its task; `_on_answer` makes it ready again.
-
-        Returns:
-            The worker, if there is no way back for it.
-        """
+    def recover(self, lease: Lease[Worker]) -> None:
+        """Take over the ready worker of a given-up call and interrupt its task; `_on_answer` makes it ready again."""
         self.interrupt(lease, Verdict.GIVEN_UP)
         worker = self._dispatcher.take_over(lease, expected=True)
         if worker is None:
-            return None
-        if worker.state is not State.READY:
-            self._dispatcher.remove(worker)
-            return worker
+            return
         worker.state = State.RECOVERING
         worker.deadline = lease.deadline
         self._crew.watch_channel(worker, self._on_answer, writable=worker.unsent is not None)
         self._on_answer(worker)  # it may be here already, and only not be noticed
-        return None
 
     def _on_answer(self, worker: Worker) -> None:
         try:
@@ -131,11 +123,17 @@ class Stopping:
             self._crew.kill(worker)
             return
         if frame is None:
+            worker.drop_answer()
             return
         self._crew.unwatch_channel(worker)
         if worker.state is not State.RECOVERING:
             return  # it was killed in the moment of its answer
+        worker.process.take_stack()
         worker.in_call = False
+        if not worker.tasks_left:
+            self._dispatcher.remove(worker)
+            self._crew.send_home(worker, time.monotonic() + self._grace)
+            return
         worker.state = State.READY
         worker.deadline = math.inf
         self._dispatcher.add_ready(worker)

@@ -60,7 +60,6 @@ class Supervisor:
         self.dispatcher: Dispatcher[Worker] = Dispatcher(
             max_workers, settings.name, self.notify, max_pending=settings.max_pending
         )
-        self.max_tasks_per_child = settings.max_tasks_per_child
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
         self._births = Births(settings, start, self._crew, self.dispatcher)
@@ -138,6 +137,8 @@ class Supervisor:
             self.bury(lease, None)
         elif worker.in_call:
             self._stopping.recover(lease)
+        elif not worker.tasks_left:
+            self.retire(lease)
         elif not self.dispatcher.give_back(lease):
             self.bury(lease, None)
 
@@ -147,6 +148,8 @@ class Supervisor:
             worker, lease.worker = lease.worker, None
         else:
             worker = self.dispatcher.take_over(lease)
+            if heir is not None:
+                self.dispatcher.note_bereaved(lease, heir)
         if worker is None:
             return  # it was taken over before
         worker.heir = heir
@@ -168,7 +171,7 @@ class Supervisor:
             self.bury(lease, None)
         else:
             self.dispatcher.take_over(lease)
-            self._send_home(worker)
+            self._crew.send_home(worker, time.monotonic() + self._settings.grace)
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
@@ -275,7 +278,7 @@ class Supervisor:
             self._stop_running_tasks()
         if self._births.stopped:
             for worker in self.dispatcher.take_idle():
-                self._send_home(worker)
+                self._crew.send_home(worker, now + self._settings.grace)
             if now >= self._killed_at:
                 self._killed_at = math.inf
                 for worker in self._crew.workers:
@@ -284,17 +287,12 @@ class Supervisor:
 
     def _stop_running_tasks(self) -> None:
         self.dispatcher.fail_queue(lambda: PoolClosed(self.name))
+        self.dispatcher.forget_bereaved()
         for lease in self.dispatcher.leases():
             self._stopping.interrupt(lease, Verdict.POOL_CLOSED)
         for worker in self._crew.workers:
             if worker.state is State.STARTING:
                 self._crew.kill(worker)
-
-    def _send_home(self, worker: Worker) -> None:
-        if worker.state is State.READY:
-            worker.state = State.LEAVING
-            worker.deadline = time.monotonic() + self._settings.grace
-            worker.say_bye()
 
     def _give_up(self, error: BaseException) -> None:
         """The thread itself failed: let nobody wait for it."""

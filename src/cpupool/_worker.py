@@ -13,11 +13,13 @@ Rules:
 from __future__ import annotations
 
 import enum
+import math
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
+from ._process import CRASH_HEADING
 
 if TYPE_CHECKING:
     from ._frames import Frame
@@ -56,7 +58,8 @@ class WorkerGone(Exception):
 class Death:
     """How a worker ended.  `exitcode` and `signal` are both None where nobody could learn it.
 
-    `by_pool` says that the pool itself has killed it.
+    `stack` is what `faulthandler` wrote: at a crash, or else at an interrupt.  `by_pool` says that the pool itself has
+    killed it.
     """
 
     pid: int
@@ -65,6 +68,11 @@ class Death:
     stack: str | None
     last_task_id: int
     by_pool: bool
+
+    @property
+    def crash_stack(self) -> str | None:
+        """The stack at a crash, or None if it did not crash."""
+        return self.stack if self.stack is not None and self.stack.startswith(CRASH_HEADING) else None
 
 
 class Worker:
@@ -76,7 +84,7 @@ class Worker:
         deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
         heir: settled with its `Death` for the call that lost it.
-        tasks: how many it was given.
+        tasks_left: how many it may still be given.
         in_call: True from the moment a call is sent until its answer is here.
         unsent: what is still to be sent of that call, or None.
     """
@@ -90,17 +98,17 @@ class Worker:
         "heir",
         "in_call",
         "process",
-        "tasks",
+        "tasks_left",
         "unsent",
         "was_killed",
     )
 
-    def __init__(self, process: WorkerProcess, deadline: float) -> None:
+    def __init__(self, process: WorkerProcess, deadline: float, max_tasks: int | None) -> None:
         self.process = process
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
-        self.tasks = 0
+        self.tasks_left: float = math.inf if max_tasks is None else max_tasks
         self.in_call = False
         self.unsent: memoryview | None = None
         self._state = State.STARTING
@@ -130,7 +138,7 @@ class Worker:
         Cancellation: the worker is left in the middle of a call; it has to be handed to the supervisor.
         """
         channel = self.process.channel
-        self.tasks += 1
+        self.tasks_left -= 1
         self.unsent = memoryview(call)
         self.in_call = True
         try:
@@ -185,6 +193,10 @@ class Worker:
             decoder.feed(received[0])
             del received[0]
         return decoder.next_frame()
+
+    def drop_answer(self) -> None:
+        """Throw away what has arrived of an incomplete answer, which nobody wants."""
+        self._decoder.drop_body()
 
     def say_bye(self) -> None:
         """Ask an idle worker to exit."""

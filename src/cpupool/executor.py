@@ -40,7 +40,6 @@ class PoolExecutor(PoolExecutorFace):
         start_timeout: float = 60.0,
         timeout: float | None = None,
         grace: float = 1.0,
-        drain: float = 5.0,
         retries: int = 0,
         name: str = "PoolExecutor",
     ) -> None:
@@ -55,7 +54,6 @@ class PoolExecutor(PoolExecutorFace):
             start_timeout=start_timeout,
             timeout=timeout,
             grace=grace,
-            drain=drain,
             retries=retries,
             name=name,
         )
