@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
-from ._frames import Frame, Kind, ProtocolError
+from ._frames import Frame, Kind, ProtocolError, encode_frame
 from ._worker import State, Worker, WorkerGone
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class Births:
         worker = Worker(process, deadline, self._settings.max_tasks_per_child)
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
-        self._crew.watch_channel(worker, self._on_first_words)
+        if process.initializer_pickle is not None:
+            worker.unsent = memoryview(encode_frame(Kind.SETUP, 0, process.initializer_pickle))
+        self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)
         return worker
 
     def _report_start_error(self, error: Exception) -> None:
@@ -84,8 +86,11 @@ class Births:
         text = f"no worker could be started: {type(error).__name__}: {error}"
         self._fail(lambda: PoolBroken(text, error))
 
-    def _on_first_words(self, worker: Worker) -> None:
+    def _on_channel(self, worker: Worker) -> None:
+        """Send the rest of the initializer, and hear the worker's first words."""
         try:
+            if worker.unsent is not None and worker.send_rest():
+                self._crew.watch_channel(worker, self._on_channel)
             frame = worker.receive()
         except (WorkerGone, ConnectionError, ProtocolError):
             self._crew.unwatch_channel(worker)
@@ -111,7 +116,7 @@ class Births:
         """Read what an ended worker said before it was ready, to the end of the connection."""
         worker.hang_up()
         while self._crew.watches_channel(worker):
-            self._on_first_words(worker)
+            self._on_channel(worker)
 
     def _report_failed_initializer(self, worker: Worker, frame: Frame) -> None:
         name = describe_callable(self._settings.initializer)

@@ -19,6 +19,7 @@ How an interrupt can only hit the task it is meant for: see `Interrupts`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import mmap
 import os
@@ -60,17 +61,22 @@ THREAD_LIMIT_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 
+# What faulthandler writes begins with the second, at a crash with the first.
+CRASH_HEADING, STACK_HEADING = "Fatal Python error: ", "Stack (most recent call first):"
+
 _RECEIVE_SIZE = 64 * 1024
 
 
 class Setup:
     """What a new worker is given: its descriptors and its initializer.
 
-    It is pickled while multiprocessing starts the process, so locks and queues may be among `initargs`.  They are a
-    pickle within that pickle: one that cannot be rebuilt is reported to the pool like an error of the initializer.
+    It is pickled while multiprocessing starts the process, so locks and queues may be among `initargs`.  But these go
+    into `initializer_pickle`, which the pool sends over the channel: multiprocessing would block its caller until the
+    new process has imported the user's main module and reads them.  One that cannot be rebuilt is reported to the pool
+    like an error of the initializer.
     """
 
-    __slots__ = ("channel", "initargs", "initializer", "liveness", "status", "threads")
+    __slots__ = ("channel", "initargs", "initializer", "initializer_pickle", "liveness", "status", "threads")
 
     def __init__(
         self,
@@ -87,22 +93,18 @@ class Setup:
         self.threads = threads
         self.initializer = initializer
         self.initargs = initargs
+        self.initializer_pickle: bytes | None = None
 
     def __reduce__(self) -> Any:
         import operator
         from multiprocessing.reduction import DupFd, ForkingPickler
 
+        self.initializer_pickle = bytes(ForkingPickler.dumps((self.initializer, self.initargs), _payload.PROTOCOL))
         detach = operator.methodcaller("detach")
-        state = (
-            self.channel,
-            _Unpickled(detach, DupFd(self.liveness)),
-            _Unpickled(detach, DupFd(self.status)),
-            self.threads,
-            bytes(ForkingPickler.dumps((self.initializer, self.initargs), _payload.PROTOCOL)),
-        )
-        return PickledSetup, state
+        liveness, status = (_Unpickled(detach, DupFd(fd)) for fd in (self.liveness, self.status))
+        return PickledSetup, (self.channel, liveness, status, self.threads)
 
-    def load_initializer(self) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
+    def receive_initializer(self, _: FrameDecoder) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
         return self.initializer, self.initargs
 
 
@@ -119,17 +121,19 @@ class _Unpickled:
 class PickledSetup:
     """A `Setup` on the other side of a process start."""
 
-    __slots__ = ("channel", "initializer", "liveness", "status", "threads")
+    __slots__ = ("channel", "liveness", "status", "threads")
 
-    def __init__(self, channel: socket.socket, liveness: int, status: int, threads: int, initializer: bytes) -> None:
+    def __init__(self, channel: socket.socket, liveness: int, status: int, threads: int) -> None:
         self.channel = channel
         self.liveness = liveness
         self.status = status
         self.threads = threads
-        self.initializer = initializer
 
-    def load_initializer(self) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
-        pair: tuple[Callable[..., object] | None, tuple[object, ...]] = _payload.loads(self.initializer)
+    def receive_initializer(self, decoder: FrameDecoder) -> tuple[Callable[..., object] | None, tuple[object, ...]]:
+        frame = _next_frame(self.channel, decoder)
+        if frame is None:
+            raise ConnectionResetError("the pool has gone")
+        pair: tuple[Callable[..., object] | None, tuple[object, ...]] = _payload.loads(frame.body)
         return pair
 
 
@@ -152,17 +156,19 @@ def main(setup: Setup | PickledSetup) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
+    decoder = FrameDecoder()
     try:
-        initializer, initargs = setup.load_initializer()
+        initializer, initargs = setup.receive_initializer(decoder)
         if initializer is not None:
             initializer(*initargs)
     except BaseException as error:
-        channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error)))
+        with contextlib.suppress(ConnectionError):  # the pool has gone
+            channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error)))
         return
     _flush_output()
     try:
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, interrupts)
+        _serve(channel, decoder, interrupts)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     atexit._run_exitfuncs()  # a forked process ends without them
@@ -220,9 +226,8 @@ def _become_no_worker(channel: socket.socket, interrupts: Interrupts) -> None:
     interrupts.page = memoryview(bytearray(STATUS_PAGE_SIZE)).cast("Q")
 
 
-def _serve(channel: socket.socket, interrupts: Interrupts) -> None:
-    decoder = FrameDecoder()
-    while (frame := _next_frame(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
+def _serve(channel: socket.socket, decoder: FrameDecoder, interrupts: Interrupts) -> None:
+    while (frame := _next_call(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
         task_id = frame.task_id
         reply = _run_call(task_id, frame.body, interrupts)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
@@ -233,16 +238,22 @@ def _serve(channel: socket.socket, interrupts: Interrupts) -> None:
         del reply
 
 
-def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview) -> Frame | None:
+def _next_call(channel: socket.socket, decoder: FrameDecoder, page: memoryview) -> Frame | None:
     """Wait for a whole frame and note its task in the status page; None at the end of the connection."""
+    frame = _next_frame(channel, decoder, page)
+    if frame is not None:
+        page[PICKED_UP] = frame.task_id
+    return frame
+
+
+def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview | None = None) -> Frame | None:
     while (frame := decoder.next_frame()) is None:
-        if decoder.incoming_task_id is not None:
+        if decoder.incoming_task_id is not None and page is not None:
             page[PICKED_UP] = decoder.incoming_task_id  # its header is enough: it must not go to another worker now
         data = channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE))
         if not data:
             return None
         decoder.feed(data)
-    page[PICKED_UP] = frame.task_id
     return frame
 
 

@@ -20,6 +20,9 @@ class Kind(enum.IntEnum):
     ERROR = 4  # worker → pool: an encoded error (see `_errors`); before READY, the initializer's
     BYE = 5  # pool → worker: finish and exit
     INTERRUPTED = 6  # worker → pool: the interrupt has ended the task; and the encoded error that it made of it, if any
+    SETUP = (
+        7  # pool → worker, before anything else where a new process is not a fork: the initializer and its arguments
+    )
 
 
 # One byte of kind, eight of task id, eight of body length; little-endian, no padding.

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
-CRASH_HEADING, _STACK = "Fatal Python error: ", "Stack (most recent call first):"  # as faulthandler begins
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -54,6 +53,7 @@ class WorkerProcess:
         pid: its process id.
         channel: the pool's end of its socket, non-blocking.
         sentinel: a descriptor that becomes readable when the process has ended.
+        initializer_pickle: what has to be sent to it first; None for a forked one, which has it.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class WorkerProcess:
                 self._process.name = _NameWithEnvironment(name, threads)
                 _live.add(self)
                 self._process.start()
+                self.initializer_pickle = setup.initializer_pickle
             except BaseException:
                 self.close()
                 raise
@@ -169,12 +170,14 @@ class WorkerProcess:
         if not text:
             return None
         self._forget_stacks()
-        start = max(text.find(CRASH_HEADING), 0)
-        first = text[start:].split(f"\n{_STACK}")
-        text = f"\n{_STACK}".join(first[:2] if text.startswith(CRASH_HEADING, start) else first[:1])
+        start = max(text.find(_child.CRASH_HEADING), 0)
+        first = text[start:].split(f"\n{_child.STACK_HEADING}")
+        text = f"\n{_child.STACK_HEADING}".join(
+            first[:2] if text.startswith(_child.CRASH_HEADING, start) else first[:1]
+        )
         own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
         stack = "\n".join(own).strip()
-        return None if stack in ("", _STACK) else stack
+        return None if stack in ("", _child.STACK_HEADING) else stack
 
     def _forget_stacks(self) -> None:
         os.ftruncate(self._status, _child.STATUS_PAGE_SIZE)

@@ -18,8 +18,8 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._child import CRASH_HEADING
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
-from ._process import CRASH_HEADING
 
 if TYPE_CHECKING:
     from ._frames import Frame
