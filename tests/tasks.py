@@ -529,3 +529,42 @@ def spin_unless_first(number: int) -> int:
 def sleep_and_print(seconds: float, number: int) -> None:
     time.sleep(seconds)
     print(number)
+
+
+class SpinsWhenDeleted:
+    def __del__(self) -> None:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+
+
+def delete_then_sleep() -> None:
+    """Be in `__del__` at the moment of the interrupt, where Python ignores what is raised."""
+    SpinsWhenDeleted()
+    time.sleep(3600)
+
+
+def leave_in_fork_then_hold_gil() -> None:
+    """Fork a process that leaves the task by an exception, as if it were the worker."""
+    if os.fork() == 0:
+        os.close(2)
+        raise SystemExit(0)
+    os.wait()
+    hold_gil_forever()
+
+
+def die_while_closing(fifo: str, path: str) -> int:
+    task = cpupool.current_task()
+    assert task is not None
+    if task.attempt == 1:
+        report_begin(fifo, hold, fifo + ".in", path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task.attempt
+
+
+class Weak:
+    """Can be pickled, and referred to weakly."""
+
+
+def refuse(argument: object) -> None:
+    raise ValueError("refused")

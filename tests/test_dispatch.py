@@ -49,6 +49,10 @@ def enqueue(dispatcher: Dispatcher[str], ticket: Ticket | None = None, deadline:
     return lease
 
 
+def is_waiting_for_something(lease: Lease[str]) -> bool:
+    return lease.ticket is not None
+
+
 def withdraw(dispatcher: Dispatcher[str], lease: Lease[str]) -> None:
     assert lease.ticket is not None
     assert lease.ticket.withdraw()
@@ -192,6 +196,60 @@ def test_no_more_calls_wait_than_max_pending_allows() -> None:
         enqueue(dispatcher)
     assert caught.value.retry_after == pytest.approx(9, abs=0.5)
     assert third.is_waiting
+
+
+def test_a_refused_call_leaves_nothing_to_sweep() -> None:
+    """Or each refusal would look through the whole queue."""
+    dispatcher = ready_dispatcher(1, max_pending=0)
+    borrow(dispatcher)
+    lease: Lease[str] = Lease(next(numbers))
+    lease.ticket = make_ticket()
+    with pytest.raises(PoolFull):
+        dispatcher.enqueue(lease)
+    assert not is_waiting_for_something(lease)
+    assert dispatcher.has_withdrawn is False
+
+
+def test_a_kept_lease_holds_no_other() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    for _ in range(10):
+        heir = enqueue(dispatcher)
+        assert dispatcher.give_back(lease)
+        assert lease.heir is None
+        lease = heir
+
+
+def test_a_call_that_lost_its_worker_may_begin_again_while_the_pool_closes() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease, ticket = borrow(dispatcher), make_ticket()
+    dispatcher.close()
+    assert dispatcher.remove("worker 0") is True
+    assert not dispatcher.is_quiet()
+    assert dispatcher.take_over(lease) == "worker 0"
+    dispatcher.note_bereaved(lease, ticket)
+    assert not dispatcher.is_quiet()
+    ticket.settle("died")
+    assert not dispatcher.is_quiet()
+    lease.begin(next(numbers))
+    lease.ticket = make_ticket()
+    assert not dispatcher.enqueue(lease)
+    assert dispatcher.shortfall() == 1
+    with pytest.raises(PoolClosed):
+        enqueue(dispatcher)
+
+
+def test_a_call_that_does_not_begin_again_does_not_keep_the_pool_open() -> None:
+    dispatcher = ready_dispatcher(2)
+    first, second, ticket = borrow(dispatcher), borrow(dispatcher), make_ticket()
+    dispatcher.close()
+    for lease in (first, second):
+        dispatcher.take_over(lease)
+        dispatcher.note_bereaved(lease, ticket if lease is first else make_ticket())
+    assert ticket.withdraw()
+    assert not dispatcher.is_quiet()
+    dispatcher.forget_bereaved(second)
+    assert dispatcher.is_quiet()
 
 
 def test_workers_that_are_to_come_leave_room_for_calls() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import pickle
 import threading
@@ -93,6 +94,39 @@ def test_cancelling_wakes_those_who_wait(executor: PoolExecutor, fifo: Path) -> 
     for thread in threads:
         thread.join()
     assert done == [{future}] * 3
+
+
+def test_cancelling_stops_the_call_before_it_calls_back(executor: PoolExecutor, fifo: Path) -> None:
+    future = executor.submit(tasks.report_begin, str(fifo), tasks.spin_forever)
+    others = [executor.submit(tasks.get_pid) for _ in range(3)]
+    results: list[Any] = []
+    future.add_done_callback(lambda _: results.extend(other.result(20) for other in others))
+    future.add_done_callback(lambda _: results.append(executor.submit(tasks.get_pid).result(20)))
+    fifo.read_text()
+    assert future.cancel()
+    assert len(results) == 4
+
+
+def test_a_callback_that_exits_harms_nobody_else(executor: PoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    def leave(_: object) -> None:
+        raise SystemExit(3)
+
+    executor.submit(tasks.sleep_and_print, 0.05, 1).add_done_callback(leave)
+    assert [executor.submit(tasks.add, number).result(20) for number in range(10)] == list(range(10))
+    executor.shutdown()
+    assert "a done-callback of a future raised" in caplog.text
+
+
+def test_a_failed_call_s_arguments_are_free_at_once(executor: PoolExecutor) -> None:
+    argument = tasks.Weak()
+    ref = weakref.ref(argument)
+    future = executor.submit(tasks.refuse, argument)
+    del argument
+    error = future.exception()
+    assert isinstance(error, ValueError)
+    assert error.__traceback__ is None
+    executor.submit(tasks.add, 1).result()
+    assert ref() is None
 
 
 def test_cancelling_a_pending_call_means_that_it_never_runs(tmp_path: Path) -> None:
@@ -197,6 +231,24 @@ def test_closing_the_iterator_of_map_stops_what_is_left(executor: PoolExecutor) 
     assert next(results) == 0
     results.close()  # type: ignore[attr-defined]  # it is a generator
     assert executor.submit(tasks.add, 1).result(10) == 1
+
+
+def test_closing_the_iterator_of_map_before_its_first_result_stops_all(executor: PoolExecutor) -> None:
+    for chunksize in (1, 2):
+        results = executor.map(tasks.fail_or_spin, [False] * 6, chunksize=chunksize)
+        results.close()  # type: ignore[attr-defined]
+        del results
+        assert executor.submit(tasks.add, 1).result(10) == 1
+
+
+def test_map_gives_what_it_has_after_a_shutdown() -> None:
+    executor = PoolExecutor(1)
+    results = executor.map(tasks.add, range(10), buffersize=3)
+    assert next(results) == 0
+    executor.shutdown()
+    assert list(itertools.islice(results, 3)) == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        next(results)
 
 
 @pytest.mark.parametrize("wrong", [{"chunksize": 0}, {"chunksize": -1}, {"buffersize": 0}])

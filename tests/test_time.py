@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import os
@@ -145,6 +146,65 @@ def test_b1_the_group_of_the_task_is_killed_with_it(tmp_path: Path) -> None:
         with pytest.raises(TaskTimeout):
             pool.options(timeout=0.3).run_sync(tasks.fork_and_hold_gil, str(path))
         wait_until_gone(int(path.read_text()))
+
+
+async def test_b1_an_interrupt_in_a_finalizer_is_repeated_until_it_is_felt() -> None:
+    async with CpuPool(1, grace=60) as pool:
+        pid = await pool.run(tasks.get_pid)
+        with pytest.raises(TaskTimeout):
+            await pool.options(timeout=0.1).run(tasks.delete_then_sleep)
+        assert await pool.run(tasks.get_pid) == pid
+
+
+async def test_b1_a_process_forked_by_the_task_does_not_end_it_in_the_pool_s_eyes() -> None:
+    async with CpuPool(1, grace=0.1) as pool:
+        with pytest.raises(TaskTimeout):
+            await pool.options(timeout=0.5).run(tasks.leave_in_fork_then_hold_gil)
+
+
+async def test_b1_the_stack_of_one_task_is_never_shown_for_another(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with CpuPool(1, grace=60) as pool:
+        for _ in range(3):
+            async with anyio.create_task_group() as group:
+                group.start_soon(pool.run, tasks.report_begin, str(fifo), tasks.spin_forever)
+                await anyio.to_thread.run_sync(fifo.read_text)
+                group.cancel_scope.cancel()
+            with pytest.raises(WorkerDied) as caught:
+                await pool.run(tasks.exit_at_once, 3)
+            assert caught.value.stack is None
+
+
+def test_b1_timeouts_hold_while_a_worker_is_being_started(run_script: RunScript) -> None:
+    """A large initializer and a main module that takes long to import must not stop the pool's thread."""
+    done = run_script(
+        """
+import contextlib, os, threading, time
+import cpupool, tasks
+
+def other():
+    with contextlib.suppress(cpupool.CpuPoolError):
+        pool.options(queue_timeout=1).run_sync(tasks.spin_forever)
+
+if __name__ == "__mp_main__" and os.path.exists("slow"):
+    time.sleep(600)
+
+if __name__ == "__main__":
+    pool = cpupool.CpuPool(2, initializer=len, initargs=(bytes(2_000_000),))
+    pool.run_sync(tasks.get_pid)
+    open("slow", "w").close()
+    threading.Thread(target=other, daemon=True).start()
+    try:
+        pool.options(timeout=0.3, queue_timeout=1).run_sync(tasks.spin_forever)
+    except (cpupool.TaskTimeout, cpupool.QueueTimeout) as error:
+        print(type(error).__name__)
+    pool.close(0)
+    print("closed")
+""",
+        timeout=20,
+    )
+    assert done.stdout.splitlines()[-1] == "closed", done.stderr
 
 
 # --- B2 ---
@@ -446,6 +506,18 @@ async def test_b6_an_idle_worker_is_taken_even_with_no_time_to_wait() -> None:
             assert await pool.run(tasks.add, 1, 1) == 2
 
 
+async def test_b6_a_cold_pool_grows_even_for_calls_that_do_not_wait() -> None:
+    pool = CpuPool(1)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(pool.aclose)
+        for _ in range(10_000):
+            with contextlib.suppress(QueueTimeout):
+                assert await pool.options(queue_timeout=0).run(tasks.add, 1, 1) == 2
+                return
+            await anyio.sleep(0.01)
+    pytest.fail("no worker was started")
+
+
 async def test_b7_one_more_than_max_pending_is_refused_at_once(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
     results: list[int] = []
@@ -697,6 +769,26 @@ async def test_drain_lets_running_and_waiting_calls_finish(tmp_path: Path) -> No
     await pool.aclose()
 
 
+async def test_a_retry_during_the_drain_belongs_to_an_accepted_call(tmp_path: Path) -> None:
+    fifo, end = tmp_path / "fifo", tmp_path / "end"
+    for path in (fifo, end, tmp_path / "fifo.in"):
+        os.mkfifo(path)
+    pool = CpuPool(1, retries=1, drain=60)
+    attempts: list[int] = []
+    async with anyio.create_task_group() as group:
+
+        async def call() -> None:
+            attempts.append(await pool.run(tasks.die_while_closing, str(fifo), str(end)))
+
+        group.start_soon(call)
+        await anyio.to_thread.run_sync(fifo.read_text)
+        await anyio.to_thread.run_sync((tmp_path / "fifo.in").read_text)
+        group.start_soon(pool.aclose)
+        await anyio.wait_all_tasks_blocked()
+        await anyio.to_thread.run_sync(end.write_text, "")
+    assert attempts == [2]
+
+
 @pytest.mark.parametrize("fn", [tasks.spin_forever, tasks.hold_gil_forever], ids=name_of)
 async def test_after_the_drain_tasks_are_interrupted_then_killed(fn: Callable[[], object], tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
@@ -922,3 +1014,17 @@ if __name__ == "__main__":
     print("fine")
 """)
     assert (done.stdout, done.stderr, done.returncode) == ("fine\n", "", 0)
+
+
+async def test_a_worker_whose_last_call_was_cancelled_is_replaced_too(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pids: list[int] = []
+    async with CpuPool(1, grace=60, max_tasks_per_child=1) as pool:
+        for _ in range(3):
+            async with anyio.create_task_group() as group:
+                group.start_soon(pool.run, tasks.report_begin, str(fifo), tasks.spin_forever)
+                pids.append(int(await anyio.to_thread.run_sync(fifo.read_text)))
+                group.cancel_scope.cancel()
+        pids.append(await pool.run(tasks.get_pid))
+    assert len(set(pids)) == 4

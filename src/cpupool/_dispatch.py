@@ -133,7 +133,7 @@ class Dispatcher(Generic[W]):
         self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
         self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
-        self._bereaved: dict[Lease[W], Ticket] = {}  # their worker died; they may try again, or have given that up
+        self._bereaved: dict[Lease[W], Ticket | None] = {}  # their worker died, and they may try again
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
         self._average_run = 0.0  # seconds; 0 before any task has ended
@@ -342,12 +342,14 @@ class Dispatcher(Generic[W]):
     def remove(self, worker: W) -> bool:
         """Take a worker out, wherever it is.  Returns True if a call holds it, and will hand it over."""
         with self._lock:
-            lent = worker in self._lent
-            self._lent.pop(worker, None)
+            is_lent = worker in self._lent
+            lease = self._lent.pop(worker, None)
+            if lease is not None:
+                self._bereaved[lease] = None
             self._expected.discard(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
-            return lent
+            return is_lent
 
     def take_idle(self) -> list[W]:
         """Take all idle workers out."""
@@ -372,12 +374,12 @@ class Dispatcher(Generic[W]):
         self._fail(make_error, warm_up_only=False)
 
     def note_bereaved(self, lease: Lease[W], ticket: Ticket) -> None:
-        """Note that a call has lost its worker: it may begin again, even after `close`.
+        """Note that a call knows that it has lost its worker: it may begin again, even after `close`.
 
         `ticket` tells it of the death; the call withdraws it if it does not want to know any more.
         """
         with self._lock:
-            self._bereaved = {each: its for each, its in self._bereaved.items() if its.is_open or its.is_settled}
+            self._bereaved = {each: its for each, its in self._bereaved.items() if _is_wanted(its)}
             self._bereaved[lease] = ticket
 
     def forget_bereaved(self, lease: Lease[W] | None = None) -> None:
@@ -430,7 +432,7 @@ class Dispatcher(Generic[W]):
     def is_quiet(self) -> bool:
         """Return True when no call runs or waits."""
         with self._lock:
-            bereaved = any(ticket.is_open or ticket.is_settled for ticket in self._bereaved.values())
+            bereaved = any(_is_wanted(ticket) for ticket in self._bereaved.values())
             return not self._lent and not bereaved and not any(lease.is_waiting for lease in self._queue)
 
     def counts(self) -> tuple[int, int, int, int]:
@@ -438,3 +440,7 @@ class Dispatcher(Generic[W]):
         with self._lock:
             waiting = sum(lease.is_waiting for lease in self._queue)
             return len(self._expected), len(self._idle), len(self._lent), waiting
+
+
+def _is_wanted(ticket: Ticket | None) -> bool:
+    return ticket is None or ticket.is_open or ticket.is_settled

@@ -170,11 +170,9 @@ class WorkerProcess:
         if not text:
             return None
         self._forget_stacks()
-        start = max(text.find(_child.CRASH_HEADING), 0)
-        first = text[start:].split(f"\n{_child.STACK_HEADING}")
-        text = f"\n{_child.STACK_HEADING}".join(
-            first[:2] if text.startswith(_child.CRASH_HEADING, start) else first[:1]
-        )
+        crash = text.find(_child.CRASH_HEADING)
+        stacks = text[max(crash, 0) :].split(f"\n{_child.STACK_HEADING}")
+        text = f"\n{_child.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
         own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
         stack = "\n".join(own).strip()
         return None if stack in ("", _child.STACK_HEADING) else stack

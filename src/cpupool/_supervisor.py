@@ -148,7 +148,9 @@ class Supervisor:
             worker, lease.worker = lease.worker, None
         else:
             worker = self.dispatcher.take_over(lease)
-            if heir is not None:
+            if heir is None:
+                self.dispatcher.forget_bereaved(lease)
+            else:
                 self.dispatcher.note_bereaved(lease, heir)
         if worker is None:
             return  # it was taken over before
