@@ -18,7 +18,7 @@ import pytest
 import tasks
 from conftest import IGNORE_FORK_WARNING, START_METHODS, RunScript, wait_until_gone
 from cpupool import CpuPool, InitializerFailed, RemoteError, ResultNotPicklable, TaskNotPicklable, WorkerDied
-from cpupool._dispatch import Lease
+from cpupool._lease import Lease
 
 
 def test_a_waiter_of_a_closed_loop_costs_nobody_else_anything(tmp_path: Path) -> None:

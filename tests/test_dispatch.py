@@ -10,8 +10,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cpupool._dispatch import Dispatcher, Lease
+from cpupool._dispatch import Dispatcher
 from cpupool._errors import PoolClosed, PoolFull
+from cpupool._lease import Lease
 from cpupool._waiting import Ticket
 
 numbers = itertools.count(1)

@@ -8,12 +8,14 @@ the bottom up; imports point only downward:
                           waiting, forks, settings, cutting, limits
     1  _child _asyncio_waits _trio_waits
                           what runs in a worker; waiting in a task
-    2  _process _dispatch  one OS process; who gets which worker
+    2  _process _lease _dispatch
+                          one OS process; a call's claim on a worker; who gets which
     3  _worker             one worker seen from the pool
     4  _crew               the workers of a pool, and sleeping until one needs attention
     5  _births _stopping   how workers become ready; how tasks are stopped
     6  _supervisor         the thread that does all that, and replaces and reaps
-    7  _call _executor     one call on its way; calls through concurrent.futures
+    7  _call _driver _executor
+                          one call on its way; calls through concurrent.futures, and their thread
     8  _pool _default      CpuPool and the process's default pool
     9  __init__            this file
     10 executor domains _doctor __main__

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _payload
-from ._dispatch import Lease, Verdict
 from ._errors import (
     PoolClosed,
     QueueTimeout,
@@ -30,6 +29,7 @@ from ._errors import (
     describe_callable,
 )
 from ._frames import Kind, encode_call
+from ._lease import Lease, Verdict
 from ._worker import Death, WorkerGone
 
 if TYPE_CHECKING:

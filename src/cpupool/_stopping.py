@@ -20,13 +20,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._dispatch import Verdict
 from ._frames import ProtocolError
+from ._lease import Verdict
 from ._worker import State, WorkerGone
 
 if TYPE_CHECKING:
     from ._crew import Crew
-    from ._dispatch import Dispatcher, Lease
+    from ._dispatch import Dispatcher
+    from ._lease import Lease
     from ._worker import Worker
 
 

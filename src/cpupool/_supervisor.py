@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 from . import _roles
 from ._births import Births
 from ._crew import Crew
-from ._dispatch import Dispatcher, Verdict
+from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed
+from ._lease import Verdict
 from ._stopping import Stopping
 from ._worker import State, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._dispatch import Lease
+    from ._lease import Lease
     from ._process import WorkerProcess
     from ._settings import Settings
     from ._waiting import Ticket

@@ -1,0 +1,315 @@
+"""What makes the calls of an executor: a thread of its own, and the futures for what comes of them.
+
+Theory of operation: submitting must neither block nor need an event loop, so the calls of one executor live in one
+thread of its own, as tasks of an asyncio loop that runs there.  As many tasks as the pool has workers take the calls
+one after another from a deque and await `pool.run`; so all that holds for a call holds here too.  A future that is
+cancelled while its call runs cancels that await.
+
+Rules: the thread and its loop know the `Driver`, never the executor, so that an executor that nobody holds any more is
+collected, and then its thread ends when all calls are done.  What a collection calls takes no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import sys
+import threading
+import weakref
+from collections import deque
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import _base as states
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ._errors import InitializerFailed, PoolBroken, WorkerDied
+from ._forking import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
+
+
+class ExecutorWorkerDied(WorkerDied, BrokenProcessPool):
+    """`WorkerDied`, for those who expect `BrokenProcessPool`; the executor is not broken and goes on."""
+
+
+class ExecutorInitializerFailed(InitializerFailed, BrokenProcessPool):
+    """`InitializerFailed`, for those who expect `BrokenProcessPool`; the next call tries again."""
+
+
+class ExecutorPoolBroken(PoolBroken, BrokenProcessPool):
+    """`PoolBroken`, for those who expect `BrokenProcessPool`; the next call tries again."""
+
+
+_BROKEN: dict[type, Callable[..., BaseException]] = {
+    WorkerDied: ExecutorWorkerDied,
+    InitializerFailed: ExecutorInitializerFailed,
+    PoolBroken: ExecutorPoolBroken,
+}
+
+
+class DrivenPool(Protocol):
+    """What an executor needs to know of its pool."""
+
+    @property
+    def max_workers(self) -> int: ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def _start(self) -> None: ...
+
+
+class CallFuture(Future[T]):
+    """A future whose `cancel` works as long as the call is not done: one that runs is stopped."""
+
+    def __init__(self, stop: Callable[[CallFuture[T]], object]) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def cancel(self) -> bool:
+        """Cancel the call.  Its worker is interrupted if it runs.  Returns False if it is done."""
+        if super().cancel():
+            return True
+        with self._condition:
+            if self._state != states.RUNNING:
+                return False
+            self._state = states.CANCELLED
+            self._condition.notify_all()
+        self._stop(self)
+        self.set_running_or_notify_cancel()  # tells `wait` and `as_completed`
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # the user's, which may do anything, come last
+        return True
+
+
+class _Work:
+    """One call that was submitted."""
+
+    __slots__ = ("args", "fn", "future", "kwargs")
+
+    def __init__(
+        self, future: CallFuture[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.future = future
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+
+
+class Driver:
+    """Makes the calls of one executor in a thread of its own."""
+
+    def __init__(
+        self, pool: DrivenPool, run: Callable[..., Awaitable[Any]], at_end: Callable[[], Awaitable[object]] | None
+    ) -> None:
+        """Args: `run` makes one call; `at_end` is awaited when the executor is shut down and all calls are done."""
+        self.pool = pool
+        self._run = run
+        self._at_end = at_end
+        self.is_shut = False
+        self._lock = threading.Lock()  # of the queue and the number of lanes
+        self._reset()
+        _drivers.add(self)
+
+    def _reset(self) -> None:
+        self._queue: deque[_Work] = deque()
+        self._lanes = 0  # how many tasks make calls
+        self._running: dict[Future[Any], asyncio.Task[None] | None] = {}  # and who makes the call, once it has begun
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # --- from any thread ---
+
+    def submit(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFuture[T]:
+        with self._lock:
+            if _is_exiting:
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self.is_shut or self.pool.is_closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self._loop is None:
+                self._start()
+            future: CallFuture[T] = CallFuture(self._stop)
+            work = _Work(future, fn, args, kwargs)
+            if self._lanes < self.pool.max_workers:
+                self._lanes += 1
+                future.set_running_or_notify_cancel()
+                self._running[future] = None
+                self._call_in_loop(self._begin_lane, work)
+            else:
+                self._queue.append(work)
+        return future
+
+    def _start(self) -> None:
+        """Start all threads now, in the caller's: where the program is about to end, none can be started later on."""
+        loop = None
+        try:
+            self.pool._start()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._main, args=(loop,), name="cpupool-executor", daemon=True)
+            self._ended: asyncio.Future[None] = loop.create_future()
+            thread.start()
+        except Exception as error:
+            if loop is not None:
+                loop.close()
+            raise ExecutorPoolBroken(f"the executor could not be started: {error}", error) from error
+        self._loop, self._thread = loop, thread
+
+    def _call_in_loop(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            pass  # closed: there is nothing left to do
+
+    def shut(self) -> None:
+        """Take no more calls.  It may run inside a garbage collection."""
+        self.is_shut = True
+        self._call_in_loop(self._end_if_done)
+
+    def cancel_pending(self) -> None:
+        """Cancel all calls that were not handed to the pool yet."""
+        with self._lock:
+            pending = list(self._queue)
+            self._queue.clear()
+        for work in pending:
+            work.future.cancel()
+            work.future.set_running_or_notify_cancel()
+
+    def cancel_running(self) -> None:
+        """Stop all calls that are running."""
+        with self._lock:
+            running = list(self._running)
+        for future in running:
+            future.cancel()
+
+    def join(self) -> None:
+        """Wait until all calls are done, after `shut`."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _stop(self, future: Future[Any]) -> None:
+        self._call_in_loop(self._cancel_call, future)
+
+    # --- the thread ---
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_until_complete(self._ended)
+            if self._at_end is not None:
+                loop.run_until_complete(self._close_pool(self._at_end))
+        finally:
+            loop.close()
+
+    async def _close_pool(self, at_end: Callable[[], Awaitable[object]]) -> None:
+        await at_end()
+
+    def _begin_lane(self, work: _Work) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(work))
+        self._tasks.add(task)  # a loop itself does not keep its tasks
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, work: _Work | None) -> None:
+        """Make a call, and then others until none is left."""
+        lane: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]  # there is one
+        while work is not None:
+            self._running[work.future] = lane
+            await self._make_call(work)
+            work = self._next_work(work.future)
+        self._end_if_done()
+
+    def _next_work(self, done: Future[Any]) -> _Work | None:
+        with self._lock:
+            del self._running[done]
+            while self._queue:
+                work = self._queue.popleft()
+                if work.future.set_running_or_notify_cancel():
+                    self._running[work.future] = None
+                    return work
+            self._lanes -= 1
+            return None
+
+    async def _make_call(self, work: _Work) -> None:
+        future = work.future
+        if future.cancelled():
+            return  # before it began
+        finish: Callable[[Any], object]
+        try:
+            outcome = await self._run(work.fn, *work.args, **work.kwargs)
+            finish = future.set_result
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                raise
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
+            return
+        except BaseException as error:
+            outcome = _as_executor_error(error)
+            finish = future.set_exception
+        try:
+            finish(outcome)
+        except InvalidStateError:
+            pass  # it was cancelled in the moment of its outcome
+        except BaseException as error:  # a callback of the user's: it must not end the others' calls
+            context = {"message": "a done-callback of a future raised", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+    def _cancel_call(self, future: Future[Any]) -> None:
+        lane = self._running.get(future)
+        if lane is not None:
+            lane.cancel()
+
+    def _end_if_done(self) -> None:
+        if self.is_shut and not self._queue and not self._lanes and not self._ended.done():
+            self._ended.set_result(None)
+
+    # --- forks ---
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child: the thread, its loop and its calls are the parent's."""
+        _of_parent.append(self._loop)  # it cannot be closed: it looks as if it were running
+        self._lock = threading.Lock()
+        self._reset()
+
+
+def _as_executor_error(error: BaseException) -> BaseException:
+    """Return the error that a future gets: without this thread's frames, which would hold the call's arguments."""
+    make = _BROKEN.get(type(error))
+    if make is None:
+        return error.with_traceback(None)
+    new = make(*error.args)
+    new.__cause__ = error.__cause__
+    return new
+
+
+# --- the process's end, and its forks ---
+
+_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+_of_parent: list[asyncio.AbstractEventLoop | None] = []
+_is_exiting = False
+
+
+def _finish_at_exit() -> None:
+    """Make the calls that were accepted, as executors do, unless the program ends by Ctrl-C."""
+    global _is_exiting  # noqa: PLW0603  # a fact about this process
+    _is_exiting = True
+    drivers = list(_drivers)
+    for driver in drivers:
+        if getattr(sys, "last_type", None) is KeyboardInterrupt:
+            driver.cancel_pending()
+            driver.cancel_running()
+        driver.shut()
+    for driver in drivers:
+        driver.join()
+
+
+def _after_fork_in_child() -> None:
+    for driver in list(_drivers):
+        driver.forget_parent()
+
+
+at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_finish_at_exit)
