@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpupool._frames import HEADER_SIZE, Frame, FrameDecoder, Kind, ProtocolError, encode_frame
+from cpupool._frames import HEADER_SIZE, Frame, FrameDecoder, Kind, ProtocolError, encode_call, encode_frame, split_call
 
 frames = st.tuples(st.sampled_from(Kind), st.integers(0, 2**64 - 1), st.binary(max_size=300))
 
@@ -70,3 +70,31 @@ def test_body_is_not_changed_by_what_arrives_later() -> None:
     assert first is not None
     assert second is not None
     assert (bytes(first.body), bytes(second.body)) == (b"first", b"other")
+
+
+@given(st.lists(frames, min_size=1, max_size=4), st.data())
+def test_a_body_that_is_thrown_away_as_it_comes_does_not_disturb_the_next_frame(
+    wanted: list[tuple[Kind, int, bytes]], data: st.DataObject
+) -> None:
+    stream = b"".join(encode_frame(*frame) for frame in wanted)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
+    decoder = FrameDecoder()
+    found: list[tuple[Kind, int]] = []
+    for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        decoder.feed(stream[a:b])
+        while (frame := decoder.next_frame()) is not None:
+            found.append((frame.kind, frame.task_id))
+        decoder.drop_body()
+        assert len(decoder._buffer) <= HEADER_SIZE
+    assert found == [(kind, task_id) for kind, task_id, _ in wanted]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1), st.text(max_size=20), st.binary(max_size=100))
+def test_a_call_carries_its_attempt_and_label(task_id: int, attempt: int, label: str, call: bytes) -> None:
+    decoder = FrameDecoder()
+    decoder.feed(encode_call(task_id, attempt, label.encode(), call))
+    frame = decoder.next_frame()
+    assert frame is not None
+    assert (frame.kind, frame.task_id) == (Kind.CALL, task_id)
+    got_attempt, got_label, got_call = split_call(frame.body)
+    assert (got_attempt, got_label.decode(), bytes(got_call)) == (attempt, label, call)
