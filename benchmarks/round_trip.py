@@ -1,6 +1,6 @@
 """What a trivial call costs, beside `loop.run_in_executor` with a `ProcessPoolExecutor` under forkserver.
 
-Both pools live through the whole run, and the measurements alternate between them, so that a noisy moment hits both;
+All pools live through the whole run, and the measurements alternate between them, so that a noisy moment hits all;
 the figures are medians over the rounds.  Usage: python benchmarks/round_trip.py [--rounds N] [--uvloop]
 """
 
@@ -20,6 +20,8 @@ import cpupool
 WORKERS = 2
 AWAITED = 1_000
 GATHERED = 5_000
+
+PEER = "run_in_executor(ProcessPoolExecutor)"
 
 Call = Callable[[int], Awaitable[int]]
 
@@ -51,11 +53,15 @@ async def throughput(call: Call) -> float:
 async def main(rounds: int) -> None:
     loop = asyncio.get_running_loop()
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as executor:
+    with (
+        ProcessPoolExecutor(WORKERS, mp_context=context) as peer_executor,
+        cpupool.PoolExecutor(WORKERS, mp_context=context) as our_executor,
+    ):
         async with cpupool.CpuPool(WORKERS, mp_context=context) as pool:
             calls: dict[str, Call] = {
-                "run_in_executor(ProcessPoolExecutor)": lambda number: loop.run_in_executor(executor, double, number),
-                "cpupool": lambda number: pool.run(double, number),
+                PEER: lambda number: loop.run_in_executor(peer_executor, double, number),
+                "pool.run": lambda number: pool.run(double, number),
+                "run_in_executor(PoolExecutor)": lambda number: loop.run_in_executor(our_executor, double, number),
             }
             round_trips: dict[str, list[float]] = {name: [] for name in calls}
             throughputs: dict[str, list[float]] = {name: [] for name in calls}
@@ -69,11 +75,13 @@ async def main(rounds: int) -> None:
     for name in calls:
         trip, rate = statistics.median(round_trips[name]), statistics.median(throughputs[name])
         print(f"{name:38s} round trip {trip:6.1f} us    {GATHERED:,} gathered: {rate:8,.0f} calls/s")
-    peer, ours = calls
-    pairs = zip(round_trips[ours], round_trips[peer], strict=True)
-    trip_ratio = statistics.median(a / b for a, b in pairs)
-    rate_ratio = statistics.median(a / b for a, b in zip(throughputs[ours], throughputs[peer], strict=True))
-    print(f"cpupool : peer{'':25s} round trip {trip_ratio:6.2f}       {GATHERED:,} gathered: {rate_ratio:8.2f}")
+    for name in list(calls)[1:]:
+        trip, rate = (ratio(each[name], each[PEER]) for each in (round_trips, throughputs))
+        print(f"{name + ' : peer':38s} round trip {trip:6.2f}       {GATHERED:,} gathered: {rate:8.2f}")
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":
