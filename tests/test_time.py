@@ -930,6 +930,38 @@ if __name__ == "__main__":
     wait_until_gone(int(pid))
 
 
+def test_c2_a_ctrl_c_that_does_not_wake_the_main_thread_is_still_seen(run_script: RunScript, tmp_path: Path) -> None:
+    """As when it comes between Python's last look for signals and the system call that blocks.
+
+    Here another thread gets the signal, because the main thread blocks it; so the call of that one is not broken off.
+    """
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    done = run_script(
+        """
+import os, signal, sys, threading
+import cpupool, tasks
+
+def interrupt():
+    with open(sys.argv[1]) as fifo:
+        fifo.read()
+    os.kill(os.getpid(), signal.SIGINT)
+
+if __name__ == "__main__":
+    with cpupool.CpuPool(1) as pool:
+        threading.Thread(target=interrupt).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            pool.run_sync(tasks.report_begin, sys.argv[1], tasks.spin_forever)
+        except KeyboardInterrupt:
+            print("interrupted")
+""",
+        str(fifo),
+        timeout=20,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+
+
 @pytest.mark.parametrize("fn", ["spin_forever", "hold_gil_forever"])
 def test_the_program_s_end_stops_what_still_runs(fn: str, run_script: RunScript, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"

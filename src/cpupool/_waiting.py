@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Seconds.  A signal that arrives just before the main thread blocks in the system is seen by Python only after that.
+# So that Ctrl-C is never lost, the main thread looks for it so often while it waits.
+SIGNAL_LATENCY = 0.5
+
 
 class Waits(Protocol):
     """The ways in which a call waits."""
@@ -124,7 +128,11 @@ class BlockingWaits:
         return Ticket(lock, _release)
 
     async def settled(self, ticket: Ticket) -> None:
-        ticket.waiting.acquire()
+        if threading.current_thread() is threading.main_thread():
+            while not ticket.waiting.acquire(timeout=SIGNAL_LATENCY):
+                pass
+        else:
+            ticket.waiting.acquire()
 
     def shielded(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -139,7 +147,11 @@ def _release(ticket: Ticket) -> bool:
 def _block_until(channel: socket.socket, event: int) -> None:
     poll = select.poll()
     poll.register(channel, event)
-    poll.poll()
+    if threading.current_thread() is threading.main_thread():
+        while not poll.poll(SIGNAL_LATENCY * 1000):
+            pass
+    else:
+        poll.poll()
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
