@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,11 @@ def wait_until_gone(*pids: int, seconds: float = 10) -> None:
         time.sleep(0.001)
 
 
+def _let_ctrl_c_through() -> None:
+    """Programs that a shell runs in the background ignore Ctrl-C, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -135,6 +141,7 @@ def run_script(tmp_path: Path) -> RunScript:
             cwd=tmp_path,
             env=environment(),
             check=False,
+            preexec_fn=_let_ctrl_c_through,
         )
 
     return run

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 
 _SWEEP_AT_LEAST = 64
+_GUESSED_RUN = 0.1  # seconds, before anything was measured: about what the start of the first worker takes
 _SMOOTHING = 0.1  # weight of the newest run time in the average
 
 
@@ -144,12 +145,12 @@ class Dispatcher(Generic[W]):
         self._sweep_at = max(2 * (len(self._queue) + len(self._queue_deadlines)), _SWEEP_AT_LEAST)
 
     def _estimate_run(self) -> float:
-        """Return the average run time in seconds; before any task has ended, the longest so far."""
+        """Return the average run time in seconds; before any task has ended, the longest so far, or a guess."""
         if self._average_run:
             return self._average_run
         now = time.monotonic()
         begun = [lease.started for lease in self._lent.values() if lease is not None and lease.started]
-        return now - min(begun or [lease.asked for lease in self._queue], default=now)
+        return max(now - min(begun, default=now), _GUESSED_RUN)
 
     def give_back(self, lease: Lease[W]) -> bool:
         """Take the worker out of a lease and hand it to the first in the queue.

@@ -71,17 +71,29 @@ class CallFuture(Future[T]):
 
     def cancel(self) -> bool:
         """Cancel the call.  Its worker is interrupted if it runs.  Returns False if it is done."""
-        if super().cancel():
-            return True
         with self._condition:
-            if self._state != states.RUNNING:
-                return False
-            self._state = states.CANCELLED
-            self._condition.notify_all()
-        self._stop(self)
-        self.set_running_or_notify_cancel()  # tells `wait` and `as_completed`
-        self._invoke_callbacks()  # type: ignore[attr-defined]  # the user's, which may do anything, come last
+            if self._state == states.RUNNING:
+                self._state = states.CANCELLED
+                self._condition.notify_all()
+                was_running = True
+            else:
+                was_running = False
+        if was_running:
+            self._stop(self)
+            self.begin()
+            self._invoke_callbacks()  # type: ignore[attr-defined]  # the user's, which may do anything, come last
+            return True
+        if not super().cancel():
+            return False
+        self.begin()
         return True
+
+    def begin(self) -> bool:
+        """Mark the call as running, unless it is cancelled; then tell `wait` and `as_completed`, once."""
+        with self._condition:
+            if self._state in (states.PENDING, states.CANCELLED):
+                self.set_running_or_notify_cancel()
+            return self._state == states.RUNNING
 
 
 class _Work:
@@ -132,30 +144,35 @@ class Driver:
             if self._loop is None:
                 self._start()
             future: CallFuture[T] = CallFuture(self._stop)
-            work = _Work(future, fn, args, kwargs)
-            if self._lanes < self.pool.max_workers:
-                self._lanes += 1
-                future.set_running_or_notify_cancel()
-                self._running[future] = None
-                self._call_in_loop(self._begin_lane, work)
-            else:
-                self._queue.append(work)
+            if self._lanes + len(self._queue) < self.pool.max_workers:
+                future.begin()
+            self._queue.append(_Work(future, fn, args, kwargs))
+        if self._lanes < self.pool.max_workers:
+            self._call_in_loop(self._look)
         return future
 
     def _start(self) -> None:
         """Start all threads now, in the caller's: where the program is about to end, none can be started later on."""
+        unbegun = [None]
         loop = None
         try:
             self.pool._start()
             loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=self._main, args=(loop,), name="cpupool-executor", daemon=True)
             self._ended: asyncio.Future[None] = loop.create_future()
+            arguments = (loop, unbegun)
+            thread = threading.Thread(target=self._main, args=arguments, name="cpupool-executor", daemon=True)
+            self._loop, self._thread = loop, thread
             thread.start()
-        except Exception as error:
+        except BaseException as error:
+            if not unbegun:
+                raise  # a signal handler raised, and the thread runs
+            unbegun.clear()  # it never will
+            self._loop = self._thread = None
             if loop is not None:
                 loop.close()
-            raise ExecutorPoolBroken(f"the executor could not be started: {error}", error) from error
-        self._loop, self._thread = loop, thread
+            if isinstance(error, Exception):
+                raise ExecutorPoolBroken(f"the executor could not be started: {error}", error) from error
+            raise
 
     def _call_in_loop(self, function: Callable[..., object], *args: object) -> None:
         try:
@@ -167,22 +184,20 @@ class Driver:
     def shut(self) -> None:
         """Take no more calls.  It may run inside a garbage collection."""
         self.is_shut = True
-        self._call_in_loop(self._end_if_done)
+        self._call_in_loop(self._look)
 
     def cancel_pending(self) -> None:
-        """Cancel all calls that were not handed to the pool yet."""
+        """Cancel all calls that do not run and are not about to."""
         with self._lock:
-            pending = list(self._queue)
-            self._queue.clear()
+            pending = [work for work in self._queue if not work.future.running()]
         for work in pending:
             work.future.cancel()
-            work.future.set_running_or_notify_cancel()
 
-    def cancel_running(self) -> None:
-        """Stop all calls that are running."""
+    def cancel_all(self) -> None:
+        """Stop all calls, running ones too."""
         with self._lock:
-            running = list(self._running)
-        for future in running:
+            futures = [work.future for work in self._queue] + list(self._running)
+        for future in futures:
             future.cancel()
 
     def join(self) -> None:
@@ -197,7 +212,11 @@ class Driver:
 
     # --- the thread ---
 
-    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _main(self, loop: asyncio.AbstractEventLoop, unbegun: list[None]) -> None:
+        try:
+            unbegun.pop()
+        except IndexError:
+            return  # who started it was interrupted, and has given that up
         try:
             loop.run_until_complete(self._ended)
             if self._at_end is not None:
@@ -208,10 +227,14 @@ class Driver:
     async def _close_pool(self, at_end: Callable[[], Awaitable[object]]) -> None:
         await at_end()
 
-    def _begin_lane(self, work: _Work) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(work))
-        self._tasks.add(task)  # a loop itself does not keep its tasks
-        task.add_done_callback(self._tasks.discard)
+    def _look(self) -> None:
+        """Begin what can begin, and end when there is nothing left to do."""
+        while (work := self._next_work(is_new_lane=True)) is not None:
+            task = asyncio.get_running_loop().create_task(self._serve(work))
+            self._tasks.add(task)  # a loop itself does not keep its tasks
+            task.add_done_callback(self._tasks.discard)
+        if self.is_shut and not self._queue and not self._lanes and not self._ended.done():
+            self._ended.set_result(None)
 
     async def _serve(self, work: _Work | None) -> None:
         """Make a call, and then others until none is left."""
@@ -220,14 +243,20 @@ class Driver:
             self._running[work.future] = lane
             await self._make_call(work)
             work = self._next_work(work.future)
-        self._end_if_done()
+        self._look()
 
-    def _next_work(self, done: Future[Any]) -> _Work | None:
+    def _next_work(self, done: Future[Any] | None = None, *, is_new_lane: bool = False) -> _Work | None:
+        """Take the next call for a lane that has just made one, or that is to begin; None if there is none for it."""
         with self._lock:
-            del self._running[done]
+            if done is not None:
+                del self._running[done]
+            if is_new_lane:
+                if self._lanes >= self.pool.max_workers:
+                    return None
+                self._lanes += 1
             while self._queue:
                 work = self._queue.popleft()
-                if work.future.set_running_or_notify_cancel():
+                if work.future.begin():
                     self._running[work.future] = None
                     return work
             self._lanes -= 1
@@ -241,11 +270,11 @@ class Driver:
         try:
             outcome = await self._run(work.fn, *work.args, **work.kwargs)
             finish = future.set_result
-        except asyncio.CancelledError:
-            if not future.cancelled():
-                raise
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
-            return
+        except asyncio.CancelledError as error:
+            if future.cancelled():
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # the call was meant, not the lane
+                return
+            outcome, finish = error, future.set_exception  # the task's arguments raised it while they were pickled
         except BaseException as error:
             outcome = _as_executor_error(error)
             finish = future.set_exception
@@ -261,10 +290,6 @@ class Driver:
         lane = self._running.get(future)
         if lane is not None:
             lane.cancel()
-
-    def _end_if_done(self) -> None:
-        if self.is_shut and not self._queue and not self._lanes and not self._ended.done():
-            self._ended.set_result(None)
 
     # --- forks ---
 
@@ -299,8 +324,7 @@ def _finish_at_exit() -> None:
     drivers = list(_drivers)
     for driver in drivers:
         if getattr(sys, "last_type", None) is KeyboardInterrupt:
-            driver.cancel_pending()
-            driver.cancel_running()
+            driver.cancel_all()
         driver.shut()
     for driver in drivers:
         driver.join()

@@ -43,7 +43,8 @@ class PoolExecutorFace(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a worker run `fn(*args, **kwargs)` and return a future for its result.
 
-        What goes wrong, also in pickling, is the future's exception.
+        What goes wrong, also in pickling, is the future's exception.  Its done-callbacks are called in the executor's
+        own thread, in which an event loop runs: submit calls there, but do not wait for them.
 
         Raises:
             RuntimeError: the executor was shut down, the pool closed, or the program is ending.
@@ -75,19 +76,21 @@ class PoolExecutorFace(Executor):
 
         Cancellation: when the iterator is closed or raises, the calls that are left are cancelled, running ones too.
         """
+        for name, size in (("chunksize", chunksize), ("buffersize", buffersize)):
+            if size is not None and not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, not {size!r}")
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or >= 1.")
         deadline = None if timeout is None else time.monotonic() + timeout
         items = zip(*iterables, strict=False)
-        submit = self._driver.submit
         futures: Iterator[CallFuture[Any]]
         if chunksize == 1:
-            futures = (submit(fn, args, {}) for args in items)
+            futures = (self._driver.submit(fn, args, {}) for args in items)
         else:
             chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
-            futures = (submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
+            futures = (self._driver.submit(run_chunk, (fn, chunk), {}) for chunk in chunks)
         submitted = deque(futures if buffersize is None else itertools.islice(futures, buffersize))
         results = _results(submitted, futures, deadline)
         next(results)  # into its `try`, so that closing it cancels what is left even if nobody has asked for a result
@@ -98,7 +101,7 @@ class PoolExecutorFace(Executor):
 
         Args:
             wait: also wait until they are done.
-            cancel_futures: cancel those that were not handed to the pool yet.
+            cancel_futures: cancel those that do not run and are not about to.
         """
         with self._driver._lock:
             self._driver.shut()
@@ -112,8 +115,7 @@ class PoolExecutorFace(Executor):
     ) -> None:
         """Shut down; after Ctrl-C and the like, stop all calls instead of making them."""
         if kind is not None and not issubclass(kind, Exception):
-            self._driver.cancel_pending()
-            self._driver.cancel_running()
+            self._driver.cancel_all()
         self.shutdown()
 
 

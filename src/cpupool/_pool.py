@@ -7,8 +7,10 @@ The way of a call, from `run` or `run_sync` down, is in `_call`; what happens to
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
+import sys
 import time
 import warnings
 import weakref
@@ -23,7 +25,7 @@ from ._supervisor import Supervisor
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
@@ -369,7 +371,29 @@ class _WorkerStarter:
         if self._context is None:
             self._context = get_context(self._settings.mp_context)
         name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
-        return WorkerProcess(self._context, name, self._threads, self._settings.initializer, self._settings.initargs)
+        initializer, initargs = self._settings.initializer, self._settings.initargs
+        with _main_module_with_file():
+            return WorkerProcess(self._context, name, self._threads, initializer, initargs)
+
+
+_main_file: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
+
+
+@contextlib.contextmanager
+def _main_module_with_file() -> Iterator[None]:
+    """Let workers import the main module even when the program's script has ended and its exit handlers run.
+
+    Python deletes the module's `__file__` then, and multiprocessing takes it for one that cannot be imported.
+    """
+    main = sys.modules.get("__main__")
+    if main is None or _main_file is None or hasattr(main, "__file__"):
+        yield
+        return
+    main.__file__ = _main_file
+    try:
+        yield
+    finally:
+        del main.__file__
 
 
 def _async_waits() -> Waits:

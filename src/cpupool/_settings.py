@@ -105,7 +105,11 @@ def check_seconds(name: str, value: object) -> None:
     """Raise unless `value` is a number of seconds, not negative and not NaN."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    if math.isnan(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large; for no limit, use None or math.inf") from None
+    if math.isnan(number) or number < 0:
         raise ValueError(f"{name} must not be negative, not {value}")
 
 

@@ -89,12 +89,16 @@ class Supervisor:
             self._unstarted.pop()
         except IndexError:
             return  # another thread does
+        opened = contextlib.ExitStack()  # the thread closes it
+        unbegun = [None]
         try:
-            with contextlib.ExitStack() as opened:
-                self._crew.open(opened)
-                threading.Thread(target=self._main, name=f"{self.name}-supervisor", daemon=True).start()
-                opened.pop_all()  # the thread closes them
+            self._crew.open(opened)
+            threading.Thread(target=self._main, args=(unbegun,), name=f"{self.name}-supervisor", daemon=True).start()
         except BaseException as error:
+            if not unbegun:
+                raise  # a signal handler raised, and the thread runs
+            unbegun.clear()  # it never will
+            opened.close()
             self._unstarted.append(None)  # the next call tries again
             text, cause = f"the pool's thread could not be started: {type(error).__name__}: {error}", error
             self.dispatcher.fail_queue(lambda: PoolBroken(text, cause))
@@ -189,7 +193,11 @@ class Supervisor:
 
     # --- the thread ---
 
-    def _main(self) -> None:
+    def _main(self, unbegun: list[None]) -> None:
+        try:
+            unbegun.pop()
+        except IndexError:
+            return  # who started it was interrupted, and has given that up
         self._thread_id = threading.get_ident()
         try:
             while not self.finished:
