@@ -568,3 +568,10 @@ class Weak:
 
 def refuse(argument: object) -> None:
     raise ValueError("refused")
+
+
+class CancelsWhenPickled:
+    def __reduce__(self) -> Any:
+        import asyncio
+
+        raise asyncio.CancelledError

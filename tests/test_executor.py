@@ -226,6 +226,18 @@ def test_map_stops_what_is_left_at_its_timeout(executor: PoolExecutor) -> None:
     assert executor.submit(tasks.add, 1).result(10) == 1
 
 
+def test_map_of_an_executor_that_nobody_else_holds() -> None:
+    with CpuPool(1) as pool:
+        assert list(pool.as_executor().map(tasks.add, range(10), buffersize=2)) == list(range(10))
+
+
+def test_what_pickling_raises_harms_nobody_else() -> None:
+    with PoolExecutor(1) as executor:
+        error = executor.submit(tasks.return_it, tasks.CancelsWhenPickled()).exception(20)
+        assert isinstance(error, asyncio.CancelledError)
+        assert executor.submit(tasks.add, 1).result(20) == 1
+
+
 def test_closing_the_iterator_of_map_stops_what_is_left(executor: PoolExecutor) -> None:
     results = executor.map(tasks.spin_unless_first, range(3))
     assert next(results) == 0
@@ -255,6 +267,11 @@ def test_map_gives_what_it_has_after_a_shutdown() -> None:
 def test_map_refuses_sizes_below_one_at_once(executor: PoolExecutor, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=">= 1"):
         executor.map(tasks.add, [1], **wrong)
+
+
+def test_map_names_the_size_that_is_no_number(executor: PoolExecutor) -> None:
+    with pytest.raises(TypeError, match="buffersize must be an int"):
+        executor.map(tasks.add, [1], buffersize=1.5)  # type: ignore[arg-type]
 
 
 def test_b8_small_calls_are_not_starved_by_a_huge_map() -> None:
@@ -429,6 +446,64 @@ if __name__ == "__main__":
     first, *rest = done.stdout.split()
     assert first == "end"
     assert sorted(rest) == ["0", "1", "2", "3", "4"]
+
+
+def test_calls_submitted_as_the_script_ends_find_its_functions(run_script: RunScript) -> None:
+    """Python deletes `__file__` of the main module then, before a worker was started that has to import it."""
+    done = run_script("""
+import cpupool
+
+def show(number):
+    print(number)
+
+if __name__ == "__main__":
+    executor = cpupool.PoolExecutor(2)
+    for number in range(3):
+        executor.submit(show, number)
+""")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert sorted(done.stdout.split()) == ["0", "1", "2"]
+
+
+def test_a_ctrl_c_in_the_middle_of_a_submit_leaves_nothing_half_begun(run_script: RunScript) -> None:
+    """It is raised wherever in `submit` a function returns; the block is left, and the program ends."""
+    done = run_script(
+        """
+import sys
+import cpupool
+
+class Stop(BaseException):
+    pass
+
+def raise_at(number):
+    def count(frame, event, argument):
+        nonlocal number
+        if event in ("return", "c_return") and "cpupool" in frame.f_code.co_filename:
+            number -= 1
+            if number == 0:
+                sys.setprofile(None)
+                raise Stop
+    return count
+
+if __name__ == "__main__":
+    stopped = 0
+    with cpupool.PoolExecutor(1) as executor:
+        executor.submit(abs, -1).result()
+        for number in range(1, 30):
+            sys.setprofile(raise_at(number))
+            try:
+                executor.submit(abs, -1)
+            except Stop:
+                stopped += 1
+            finally:
+                sys.setprofile(None)
+        assert executor.submit(abs, -2).result(10) == 2
+    assert stopped > 5, stopped
+    print("ended")
+""",
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 
 def test_no_call_is_taken_after_the_program_s_end(run_script: RunScript) -> None:

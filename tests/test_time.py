@@ -660,6 +660,7 @@ async def test_b9_a_worker_that_answered_while_the_loop_was_blocked_is_not_kille
         ({"timeout": -1}, ValueError, "timeout must not be negative, not -1"),
         ({"timeout": "5"}, TypeError, "timeout must be a number of seconds, not '5'"),
         ({"timeout": math.nan}, ValueError, "timeout must not be negative, not nan"),
+        ({"timeout": 10**400}, ValueError, "timeout is too large; for no limit, use None"),
         ({"queue_timeout": True}, TypeError, "queue_timeout must be a number of seconds, not True"),
         ({"retries": -1}, ValueError, "retries must be at least 0, not -1"),
         ({"retries": None}, TypeError, "retries must be an int, not None"),
