@@ -61,6 +61,8 @@ class DrivenPool(Protocol):
 
     def _start(self) -> None: ...
 
+    def _stop_soon(self) -> None: ...
+
 
 class CallFuture(Future[T]):
     """A future whose `cancel` works as long as the call is not done: one that runs is stopped."""
@@ -184,6 +186,8 @@ class Driver:
     def shut(self) -> None:
         """Take no more calls.  It may run inside a garbage collection."""
         self.is_shut = True
+        if self._loop is None and self._at_end is not None:
+            self.pool._stop_soon()  # there is no thread that could close it
         self._call_in_loop(self._look)
 
     def cancel_pending(self) -> None:

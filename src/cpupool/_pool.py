@@ -261,7 +261,7 @@ class CpuPool:
         try:
             await self.warm_up()
         except BaseException:
-            self._supervisor.stop_soon()
+            self._stop_soon()
             raise
         return self
 
@@ -277,7 +277,7 @@ class CpuPool:
         try:
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:
-            self._supervisor.stop_soon()
+            self._stop_soon()
             raise
         return self
 
@@ -300,6 +300,10 @@ class CpuPool:
     def _start(self) -> None:
         """Start the pool's thread, as the first call does."""
         self._supervisor.run()
+
+    def _stop_soon(self) -> None:
+        """Stop everything without waiting for it."""
+        self._supervisor.stop_soon()
 
     def _after_fork_in_child(self) -> None:
         closed = self._dispatcher.closed
