@@ -8,10 +8,10 @@ error are never the protocol.
 Rules: stdlib and layer 0 only, and nothing of asyncio, so that a worker starts in milliseconds.
 
 The *status page* is one file of memory that both sides hold; its cells are numbered below.  The worker writes which
-task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun; which it has last
-interrupted; and which it last finished.  The pool writes which task it has condemned, and then sends the interrupt
-signal.  Behind that page `faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels
-it.
+task it last picked up, so that the pool knows, whatever happened, whether a lost call had begun; which it last started,
+when its call was here as a whole; which it has last interrupted; and which it last finished.  The pool writes which
+task it has condemned, and then sends the interrupt signal.  Behind that page `faulthandler` appends Python stacks: at a
+crash, and at each interrupt, before the task feels it.
 
 How an interrupt can only hit the task it is meant for: see `Interrupts`.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 STATUS_PAGE_SIZE = mmap.PAGESIZE
 # Cells of the status page: task ids, each a native unsigned 64-bit number.
-PICKED_UP, CONDEMNED, INTERRUPTED, FINISHED = range(4)
+PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED = range(5)
 CELL_SIZE = 8
 
 # Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
@@ -198,6 +198,7 @@ class Interrupts:
         """Let `task_id` be interrupted from now on; raises at once if it is condemned already."""
         self.hit = False
         self.armed = task_id
+        self.page[STARTED] = task_id
         self.raise_if_condemned()
 
     def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:

@@ -132,9 +132,9 @@ class WorkerProcess:
         """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
         return self._read_cell(_child.PICKED_UP)
 
-    def is_running(self, task_id: int) -> bool:
-        """Return True from when the worker has picked that task up until it is done; its answer may still be coming."""
-        return self.last_task_id() == task_id and not self.has_finished(task_id)
+    def has_started(self, task_id: int) -> bool:
+        """Return True if that is the last task whose call the worker has received as a whole, and begun."""
+        return self._read_cell(_child.STARTED) == task_id
 
     def has_finished(self, task_id: int) -> bool:
         """Return True if that is the last task that the worker is done with."""
@@ -147,17 +147,18 @@ class WorkerProcess:
     def _read_cell(self, index: int) -> int:
         return int.from_bytes(os.pread(self._status, _child.CELL_SIZE, index * _child.CELL_SIZE), sys.byteorder)
 
-    def interrupt(self, task_id: int) -> None:
-        """Raise `TaskInterrupted` in that task, whether it runs or is still to be picked up; nothing if it is over."""
+    def condemn(self, task_id: int) -> None:
+        """Let that task be interrupted: at its start, if it has not started, else by the next signal."""
         if self._is_forgotten:
             return
         self._forget_stacks()  # what follows is of this task
         condemned = task_id.to_bytes(_child.CELL_SIZE, sys.byteorder)
         os.pwrite(self._status, condemned, _child.CONDEMNED * _child.CELL_SIZE)
-        self.send_interrupt()
 
     def send_interrupt(self) -> None:
-        """Send the signal alone, once more."""
+        """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs."""
+        if self._is_forgotten:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, _child.INTERRUPT_SIGNAL)

@@ -38,7 +38,7 @@ FIRST_REMINDER = 0.005  # seconds after the first interrupt
 class _Reminder:
     """When the interrupt of a task is sent again; times in seconds, monotonic."""
 
-    task_id: int
+    lease: Lease[Worker]
     due: float
     interval: float
 
@@ -72,14 +72,16 @@ class Stopping:
                 self._remind(worker, reminder)
 
     def _remind(self, worker: Worker, reminder: _Reminder) -> None:
-        process, task_id = worker.process, reminder.task_id
-        is_alive = worker.state in (State.READY, State.RECOVERING)
-        if not is_alive or not process.is_running(task_id) or process.has_felt_interrupt(task_id):
+        process, task_id = worker.process, reminder.lease.task_id
+        is_over = worker.state is State.READY and reminder.lease.worker is not worker
+        is_gone = worker.state not in (State.READY, State.RECOVERING)
+        if is_over or is_gone or process.has_felt_interrupt(task_id) or process.has_finished(task_id):
             del self._reminders[worker]
-        else:
+            return
+        if process.has_started(task_id):
             process.send_interrupt()
-            reminder.due += reminder.interval
-            reminder.interval *= 2
+        reminder.due += reminder.interval
+        reminder.interval *= 2
 
     def interrupt(self, lease: Lease[Worker], verdict: Verdict) -> None:
         """Interrupt a task, unless it has been before."""
@@ -89,8 +91,10 @@ class Stopping:
         lease.interrupted = time.monotonic()
         lease.deadline = lease.interrupted + self._grace
         lease.verdict = verdict  # before the answer can come
-        worker.process.interrupt(lease.task_id)
-        self._reminders[worker] = _Reminder(lease.task_id, lease.interrupted + FIRST_REMINDER, FIRST_REMINDER)
+        worker.process.condemn(lease.task_id)
+        if worker.process.has_started(lease.task_id):  # else it looks at its start whether it is condemned
+            worker.process.send_interrupt()
+        self._reminders[worker] = _Reminder(lease, lease.interrupted + FIRST_REMINDER, FIRST_REMINDER)
 
     def _kill(self, lease: Lease[Worker]) -> None:
         worker = lease.worker
