@@ -575,3 +575,13 @@ class CancelsWhenPickled:
         import asyncio
 
         raise asyncio.CancelledError
+
+
+def import_and_spin(folder: str, name: str) -> NoReturn:
+    sys.path.insert(0, folder)
+    __import__(name)
+    spin_forever()
+
+
+def get_attribute(module: str, name: str) -> object:
+    return getattr(sys.modules[module], name)

@@ -404,6 +404,31 @@ async def test_b4_finally_ran_and_the_initializer_did_not_run_again(tmp_path: Pa
         assert await pool.run(tasks.get_pid) == int(runs.read_text())
 
 
+async def test_b4_an_import_is_not_broken_off(tmp_path: Path) -> None:
+    """It would leave `part` in `sys.modules`, and the next import of `whole` would never bind it there."""
+    package = tmp_path / "whole"
+    package.mkdir()
+    (package / "part.py").touch()
+    (package / "__init__.py").write_text("""
+import os, signal
+from whole import part
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+before = signal.set_wakeup_fd(writer)
+os.read(reader, 1)  # ends when an interrupt has come
+signal.set_wakeup_fd(before)
+os.close(reader)
+os.close(writer)
+value = "complete"
+""")
+    async with CpuPool(1, grace=60) as pool:
+        pid = await pool.run(tasks.get_pid)
+        with pytest.raises(TaskTimeout):
+            await pool.options(timeout=0.05).run(tasks.import_and_spin, str(tmp_path), "whole")
+        assert await pool.run(tasks.get_attribute, "whole", "value") == "complete"
+        assert await pool.run(tasks.get_pid) == pid
+
+
 # --- B5 ---
 
 

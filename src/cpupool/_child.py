@@ -65,6 +65,7 @@ THREAD_LIMIT_VARIABLES = (
 CRASH_HEADING, STACK_HEADING = "Fatal Python error: ", "Stack (most recent call first):"
 
 _RECEIVE_SIZE = 64 * 1024
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name of its frames
 
 
 class Setup:
@@ -202,20 +203,26 @@ class Interrupts:
         self.raise_if_condemned()
 
     def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:
-        """Handle the signal: raise in the task that is armed, if it is the one.
+        """Handle the signal: raise in the task that is armed, if it is the one, and where it can be raised.
 
-        Python ignores what is raised in a `__del__`; there it waits for the pool's next signal.
+        Else it waits for the pool's next signal.
         """
-        if self.armed and self.page[CONDEMNED] == self.armed and not _is_in_finalizer(frame):
+        if self.armed and self.page[CONDEMNED] == self.armed and not _must_not_raise_in(frame):
             self.page[INTERRUPTED] = self.armed
             self.armed = 0
             self.hit = True
             raise TaskInterrupted
 
 
-def _is_in_finalizer(frame: FrameType | None) -> bool:
+def _must_not_raise_in(frame: FrameType | None) -> bool:
+    """Return True in a `__del__`, where Python ignores what is raised, and in an import.
+
+    A broken-off import spoils the worker for good: modules that the broken one had imported stay in `sys.modules`, but
+    the next try does not bind them in it (`NameError` and `AttributeError` out of nowhere).
+    """
     while frame is not None:
-        if frame.f_code.co_name == "__del__":
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename == _IMPORT_SYSTEM:
             return True
         frame = frame.f_back
     return False
