@@ -577,7 +577,7 @@ class CancelsWhenPickled:
         raise asyncio.CancelledError
 
 
-def import_and_spin(folder: str, name: str) -> NoReturn:
+def import_and_spin(folder: str, name: str) -> None:
     sys.path.insert(0, folder)
     __import__(name)
     spin_forever()
