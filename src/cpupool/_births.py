@@ -1,13 +1,17 @@
 """How workers are started and become ready, or do not.
 
-Rules: workers start on demand, one after another.  When a start fails and no worker is left, everybody who waits is
-told, and it is tried again only when somebody asks again; while others are left they serve the queue, and the next try
-is put off, each time for longer.  So a broken initializer cannot become a storm of processes.
+Rules: workers start on demand, one after another.  When a start fails, the next try is put off, each time for longer,
+so that a broken initializer cannot become a storm of processes.  While others are left they serve the queue.  If none
+is, everybody who waits is told why, and it is tried again only when somebody asks.
+
+After some failures in a row a circuit breaker opens: who asks before the next try is due, and finds no worker, is
+refused at once.  The breaker closes when a start succeeds.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,7 @@ from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError, encode_frame
+from ._status import STAGE_INITIALIZING
 from ._worker import State, Worker, WorkerGone
 
 if TYPE_CHECKING:
@@ -22,14 +27,21 @@ if TYPE_CHECKING:
 
     from ._crew import Crew
     from ._dispatch import Dispatcher
-    from ._process import WorkerProcess
+    from ._memory import OomWitness
     from ._settings import Settings
+    from ._starting import WorkerStarter
 
 # A worker killed from outside while it starts is nobody's fault and is replaced; one that always dies is not.
 MAX_START_DEATHS = 3
 
-# Seconds between one failed start and the next, while other workers are left; doubled each time.
-FIRST_DELAY, LONGEST_DELAY = 0.05, 30.0
+# Seconds between one failed start and the next; doubled each time.
+FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
+
+# Failed starts in a row after which the breaker opens.
+BREAKER_THRESHOLD = 3
+
+# Limits per worker are varied by up to one part in so many, so that workers which began together do not end together.
+_JITTER = 10
 
 
 class Births:
@@ -40,29 +52,58 @@ class Births:
     """
 
     def __init__(
-        self, settings: Settings, start: Callable[[], WorkerProcess], crew: Crew, dispatcher: Dispatcher[Worker]
+        self,
+        settings: Settings,
+        starter: WorkerStarter,
+        crew: Crew,
+        dispatcher: Dispatcher[Worker],
+        witness: OomWitness,
     ) -> None:
         self.stopped = False
         self._settings = settings
-        self._start = start
+        self._starter = starter
         self._crew = crew
         self._dispatcher = dispatcher
+        self._witness = witness
         self._deaths = 0
         self._failures = 0
         self._again_at = 0.0
+        self._last_error: Callable[[], BaseException] | None = None
+        self._server_deadline = math.inf
 
     def next_deadline(self) -> float:
-        """Return when the next start is due."""
+        """Return when the next start is due, or the fork server's is overdue."""
+        if self._server_is_starting:
+            return self._server_deadline
         return self._again_at if not self.stopped and self._dispatcher.shortfall() else math.inf
+
+    def refuse_while_broken(self) -> None:
+        """Tell those who wait in vain, while the breaker is open, that it is."""
+        make_cause = self._last_error
+        wait = self._again_at - time.monotonic()
+        if make_cause is None or self._failures < BREAKER_THRESHOLD or wait <= 0 or self._dispatcher.has_workers():
+            return
+        failures = self._failures
+
+        def make_error() -> BaseException:
+            cause = make_cause()
+            text = f"{failures} starts of a worker in a row have failed; the next try is in {wait:.1f} s. {cause}"
+            return PoolBroken(text, cause)
+
+        self._dispatcher.fail_queue(make_error)
 
     def start_one_if_missing(self) -> Worker | None:
         """Start one worker; the supervisor comes back at once for the next, and sees to everything else in between."""
         if self.stopped or time.monotonic() < self._again_at or not self._dispatcher.shortfall():
             return None
         try:
+            self._starter.prepare()
+            if not self._has_server():
+                return None
             with starting_or_forking:
-                process = self._start()
-        except (ConnectionError, EOFError) as error:  # multiprocessing's fork server has just ended
+                process = self._starter()
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the fork server has just ended
+            self._starter.close()
             self._deaths += 1
             if self._deaths < MAX_START_DEATHS:
                 self._again_at = time.monotonic() + FIRST_DELAY
@@ -72,18 +113,79 @@ class Births:
         except Exception as error:
             self._report_start_error(error)
             return None
-        deadline = time.monotonic() + self._settings.start_timeout
-        worker = Worker(process, deadline, self._settings.max_tasks_per_child)
+        settings = self._settings
+        worker = Worker(
+            process,
+            time.monotonic() + settings.start_timeout,
+            max_tasks=_vary(settings.max_tasks_per_child),
+            max_memory=_vary(settings.max_memory_per_child),
+        )
+        self._witness.look()
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
-        if process.initializer_pickle is not None:
-            worker.unsent = memoryview(encode_frame(Kind.SETUP, 0, process.initializer_pickle))
+        if process.pickled_duties is not None:
+            worker.unsent = memoryview(encode_frame(Kind.SETUP, 0, process.pickled_duties))
         self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)
         return worker
+
+    # --- the fork server of the pool's own, if it has one ---
+
+    def _has_server(self) -> bool:
+        """Return True if workers can be started; else start the server that they need, or wait for it."""
+        server = self._starter.server
+        if server is None or server.is_ready:
+            return True
+        if server.answer is None:
+            with starting_or_forking:
+                answer = self._starter.start_server(server)
+            self._server_deadline = time.monotonic() + self._settings.start_timeout
+            self._crew.watch_descriptor(answer, self._on_server_answer)
+        elif time.monotonic() >= self._server_deadline:
+            self._stop_server()
+            timeout = self._settings.start_timeout
+            self._report_start_error(
+                TimeoutError(f"the imports to preload took longer than start_timeout ({timeout:g} s)")
+            )
+        return False
+
+    @property
+    def _server_is_starting(self) -> bool:
+        return self._starter.server is not None and self._starter.server.answer is not None
+
+    def _on_server_answer(self) -> None:
+        server = self._starter.server
+        if server is None or server.answer is None:
+            return
+        answer = server.answer
+        try:
+            server.read_answer()
+        except Exception as error:
+            self._crew.unwatch_descriptor(answer)
+            server.stop()
+            self._report_start_error(error)
+        else:
+            if server.is_ready:
+                self._crew.unwatch_descriptor(answer)
+
+    def _stop_server(self) -> None:
+        server = self._starter.server
+        if server is not None and server.answer is not None:
+            self._crew.unwatch_descriptor(server.answer)
+        self._starter.close()
+
+    def stop(self) -> None:
+        """Start no worker any more."""
+        self.stopped = True
+        self._stop_server()
+
+    # --- a worker's first words ---
 
     def _report_start_error(self, error: Exception) -> None:
         self._deaths = 0
         text = f"no worker could be started: {type(error).__name__}: {error}"
+        cause = error.__cause__
+        if cause is not None:
+            text += f" ({type(cause).__name__}: {cause})"
         self._fail(lambda: PoolBroken(text, error))
 
     def _on_channel(self, worker: Worker) -> None:
@@ -104,6 +206,7 @@ class Births:
         if frame.kind is Kind.READY:
             self._deaths = self._failures = 0
             self._again_at = 0
+            self._last_error = None
             worker.state = State.READY
             worker.deadline = math.inf
             self._dispatcher.add_ready(worker)
@@ -134,23 +237,45 @@ class Births:
     def report_overdue(self, worker: Worker) -> None:
         """Tell those who wait that it was not ready in time."""
         self._dispatcher.remove(worker)
+        timeout = self._settings.start_timeout
+        if self._is_initializing(worker):
+            self._report_lost_initializer(
+                worker, f"had not ended {timeout:g} s after the worker's start (start_timeout)"
+            )
+            return
         text = (
-            f"a worker was not ready {self._settings.start_timeout:g} s after its start (start_timeout), "
+            f"a worker was not ready {timeout:g} s after its start (start_timeout), "
             "or closed its connection to the pool and went on"
         )
         self._fail(lambda: PoolBroken(text))
 
+    def _is_initializing(self, worker: Worker) -> bool:
+        return self._settings.initializer is not None and worker.process.stage() == STAGE_INITIALIZING
+
+    def _report_lost_initializer(self, worker: Worker, reason: str) -> None:
+        name, pid = describe_callable(self._settings.initializer), worker.process.pid
+        self._fail(lambda: InitializerFailed(name, pid, reason))
+
     def explain_death(self, worker: Worker) -> None:
         """Deal with the end of a worker that was not ready yet."""
-        death = worker.death()
+        death = worker.death(self._witness.was_oom_kill)
         self._deaths += 1
         if death.signal is not None and self._deaths < MAX_START_DEATHS:
             return  # the next look at the dispatcher starts another
+        if self._is_initializing(worker):
+            self._deaths = 0
+            memory = ", by the kernel, for want of memory" if death.oom else ""
+            stack = f"\n{death.stack}\n" if death.stack else ""
+            reason = f"did not come back: the worker {describe_exit(death.exitcode, death.signal)}{memory}{stack}"
+            self._report_lost_initializer(worker, reason)
+            return
         self._deaths = 0
         if death.exitcode == _roles.EXIT_UNGUARDED_MAIN:
             text = f"the program's main module starts a pool when it is imported. {_roles.GUARD_ADVICE}"
         else:
             text = f"worker {death.pid} {describe_exit(death.exitcode, death.signal)} before it was ready. "
+            if death.oom:
+                text += "The kernel did it, for want of memory. "
             if death.signal is None:
                 text += (
                     "What it wrote to standard error says why; often it is an error in the program's main module, "
@@ -161,10 +286,11 @@ class Births:
         self._fail(lambda: PoolBroken(text))
 
     def _fail(self, make_error: Callable[[], BaseException]) -> None:
-        if self._dispatcher.fail_start(make_error):
-            self._failures += 1
-            delay = min(FIRST_DELAY * 2**self._failures, LONGEST_DELAY)
-            self._again_at = time.monotonic() + delay
-        else:
-            self._failures = 0
-            self._again_at = 0
+        self._failures += 1
+        self._last_error = make_error
+        self._again_at = time.monotonic() + min(FIRST_DELAY * 2 ** (self._failures - 1), LONGEST_DELAY)
+        self._dispatcher.fail_start(make_error)
+
+
+def _vary(limit: int | None) -> int | None:
+    return None if limit is None else limit - random.randrange(limit // _JITTER + 1)

@@ -66,7 +66,7 @@ class Call:
         self._fn = fn
         self._options = options
         self._label = b"" if options.label is None else options.label.encode("utf-8", "backslashreplace")
-        self._body = _payload.dumps_call(fn, args, kwargs)
+        self._body = _payload.dumps_call(fn, args, kwargs, options.dumps)
 
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
         """Have a worker run it, and return its value or raise its error."""
@@ -98,16 +98,20 @@ class Call:
             if self._options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
                 lease.deadline = lease.started + self._options.timeout
                 supervisor.look_by(lease.deadline)
+            if supervisor.sampling_interval is not None:
+                supervisor.look_by(lease.started + supervisor.sampling_interval)
+            if worker.tasks_left == 1:
+                supervisor.post(dispatcher.replace, worker)
             try:
                 request = encode_call(lease.task_id, attempt, self._label, self._body)
                 reply = await worker.exchange(lease.task_id, request, waits)
             except WorkerGone:
                 return await _learn_death(lease, supervisor, waits)
             outcome = reply if lease.verdict is None else _read_interruption(reply, worker)
-            if not worker.tasks_left:
-                supervisor.post(supervisor.retire, lease)
-            elif not dispatcher.give_back(lease):
-                supervisor.post(supervisor.bury, lease, None)  # it has died since, or is going to
+            if worker.max_memory is not None and worker.is_too_large:
+                supervisor.post(dispatcher.replace, worker)
+            if not worker.tasks_left or not dispatcher.give_back(lease):
+                supervisor.post(supervisor.take_back, lease)
         except BaseException:
             _give_up(lease, supervisor)
             raise
@@ -161,7 +165,8 @@ class Call:
         return error
 
     def _died(self, death: Death) -> WorkerDied:
-        return WorkerDied(death.pid, death.exitcode, death.signal, None, self._name(), death.crash_stack)
+        facts = (death.pid, death.exitcode, death.signal, death.oom, self._name(), death.crash_stack)
+        return WorkerDied(*facts, *(death.excess or ()))
 
     def _name(self) -> str:
         return describe_callable(self._fn) if self._options.label is None else self._options.label
@@ -193,7 +198,7 @@ def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
     if ticket is not None and ticket.withdraw():
         dispatcher.has_withdrawn = True
     elif lease.worker is not None:
-        supervisor.post(supervisor.recover, lease)
+        supervisor.post(supervisor.take_back, lease)
     if dispatcher.closed:
         supervisor.notify()  # it may have been the last one that the pool waits for
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._settings import check_count
+from ._checks import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -76,6 +76,13 @@ class Crew:
             if self._selector.get_map().get(key.fd) is key:  # else an event before it has put an end to it
                 key.data()
 
+    def watch_descriptor(self, descriptor: int, on_event: Callable[[], object]) -> None:
+        """Call `on_event()` whenever it can be read."""
+        self._selector.register(descriptor, selectors.EVENT_READ, on_event)
+
+    def unwatch_descriptor(self, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
+
     # --- workers ---
 
     def watch_end(self, worker: Worker, on_end: Callable[[Worker], None]) -> None:

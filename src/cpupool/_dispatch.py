@@ -9,6 +9,8 @@ Rules:
 - No I/O, no user code and no waiting under the lock.  Who has to be woken is woken after it is released.
 - Waiting is first come, first served.  A worker that comes back goes to the first in the queue; it becomes idle only
   when nobody waits.
+- At most `max_workers` are lent at once.  There may be more: one that is outgoing (it runs its last task, or has grown
+  too large) is not counted as present, so that its successor is started, and waits idle for it to leave.
 - A signal handler may raise in the main thread after any function call, but nowhere else.  So within `with self._lock`
   a worker is written to where it goes before it is deleted from where it was, and a call comes last.
 
@@ -26,11 +28,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ._errors import PoolClosed, PoolFull
-from ._lease import Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._lease import Lease
     from ._waiting import Ticket
 
 W = TypeVar("W")
@@ -63,7 +65,9 @@ class Dispatcher(Generic[W]):
         self._lock = threading.Lock()
         self._expected: set[W] = set()
         self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
+        self._idle_since: dict[W, float] = {}
         self._lent: dict[W, Lease[W] | None] = {}  # None: the supervisor will kill it, and it cannot be given back
+        self._outgoing: set[W] = set()  # each is expected, idle or lent as well
         self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
         self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
@@ -79,7 +83,7 @@ class Dispatcher(Generic[W]):
         if not self._idle:
             return False  # spares the lock; if that changes in this moment, `enqueue` sees it
         with self._lock:
-            if self.closed or not self._idle:
+            if self.closed or not self._idle or len(self._lent) >= self.max_workers:
                 return False
             worker = self._idle[-1]
             lease.worker = worker
@@ -104,7 +108,7 @@ class Dispatcher(Generic[W]):
         with self._lock:
             if self.closed and lease not in self._bereaved:
                 raise PoolClosed(self._name)
-            if self._idle:
+            if self._idle and len(self._lent) < self.max_workers:
                 worker = self._idle[-1]
                 lease.worker = worker
                 self._lent[worker] = lease
@@ -120,7 +124,7 @@ class Dispatcher(Generic[W]):
                 heapq.heappush(self._queue_deadlines, (queue_deadline, lease.task_id, lease))
             self._queue.append(lease)
             self._bereaved.pop(lease, None)
-            present = len(self._expected) + len(self._lent)
+            present = self._present()
             may_grow = present < self.max_workers
             if may_grow:
                 self._wanted = max(self._wanted, present + 1)  # even if it does not wait that long
@@ -156,7 +160,8 @@ class Dispatcher(Generic[W]):
         """Take the worker out of a lease and hand it to the first in the queue.
 
         Returns:
-            False if it cannot be given back, because it has died or is about to be killed: then the lease keeps it.
+            False if it cannot be given back, because it has died or is about to be killed, or because its successor is
+            there: then the lease keeps it.
         """
         try:
             return self._pass_on(lease)
@@ -174,13 +179,17 @@ class Dispatcher(Generic[W]):
                         return True
                     if self._lent.get(worker) is not lease:
                         return False
+                    if self._outgoing and worker in self._outgoing and self._has_successor():
+                        return False
+                    now = time.monotonic()
                     if lease.started:
-                        seconds = time.monotonic() - lease.started
+                        seconds = now - lease.started
                         average = self._average_run or seconds
                         self._average_run = average + _SMOOTHING * (seconds - average)
                     while self._queue and self._queue[0].is_expired:
                         del self._queue[0]
                     if not self._queue:
+                        self._idle_since[worker] = now
                         del self._lent[worker]
                         lease.worker = None
                         self._idle.append(worker)
@@ -206,8 +215,11 @@ class Dispatcher(Generic[W]):
         with self._lock:
             worker = lease.worker
             lease.worker = None
-            if worker is not None and self._lent.pop(worker, None) is not None and expected:
-                self._expected.add(worker)
+            if worker is not None:
+                if self._lent.pop(worker, None) is not None and expected:
+                    self._expected.add(worker)
+                else:
+                    self._outgoing.discard(worker)
             return worker
 
     def doom(self, lease: Lease[W]) -> bool:
@@ -248,7 +260,8 @@ class Dispatcher(Generic[W]):
         """Return how many workers should be started now."""
         with self._lock:
             waiting = (lease for lease in self._queue if lease.is_waiting)
-            needed = len(self._lent) + sum(1 for _ in itertools.islice(waiting, self.max_workers))
+            staying = len(self._lent) - len(self._outgoing & self._lent.keys())
+            needed = staying + sum(1 for _ in itertools.islice(waiting, self.max_workers))
             if self.closed:
                 target = needed  # accepted calls still run; nothing is kept for later
             else:
@@ -256,7 +269,15 @@ class Dispatcher(Generic[W]):
             return max(min(target, self.max_workers) - self._present(), 0)
 
     def _present(self) -> int:
-        return len(self._expected) + len(self._idle) + len(self._lent)
+        return len(self._expected) + len(self._idle) + len(self._lent) - len(self._outgoing)
+
+    def _has_successor(self) -> bool:
+        return any(each not in self._outgoing for each in self._idle)
+
+    def has_workers(self) -> bool:
+        """Return True if a worker is there, or is going to be."""
+        with self._lock:
+            return bool(self._expected or self._idle or self._lent)
 
     def expect(self, worker: W) -> None:
         """Note a worker that was started and is not ready yet."""
@@ -265,13 +286,28 @@ class Dispatcher(Generic[W]):
             self._wanted = max(self._wanted, self._present())
 
     def add_ready(self, worker: W) -> None:
-        """Note that an expected worker is ready, and lend it to the first in the queue."""
-        lease: Lease[W] = Lease(0)
+        """Note that an expected worker is ready, and serve the queue."""
         with self._lock:
             self._expected.discard(worker)
-            lease.worker = worker
-            self._lent[worker] = lease
-        self.give_back(lease)
+            self._idle_since[worker] = time.monotonic()
+            self._idle.append(worker)
+        self.serve_queue()
+
+    def serve_queue(self) -> None:
+        """Lend idle workers to those who wait, as far as that may be; in the supervisor's thread."""
+        while True:
+            with self._lock:
+                while self._queue and self._queue[0].is_expired:
+                    del self._queue[0]
+                if not self._queue or not self._idle or len(self._lent) >= self.max_workers:
+                    return
+                lease = self._queue.popleft()
+                worker = self._idle.pop()
+                lease.worker = worker
+                self._lent[worker] = lease
+                ticket = lease.ticket
+            if ticket is None or not ticket.settle():
+                self.give_back(lease)  # it has given up meanwhile
 
     def remove(self, worker: W) -> bool:
         """Take a worker out, wherever it is.  Returns True if a call holds it, and will hand it over."""
@@ -281,14 +317,63 @@ class Dispatcher(Generic[W]):
             if lease is not None:
                 self._bereaved[lease] = None
             self._expected.discard(worker)
+            self._outgoing.discard(worker)
+            self._idle_since.pop(worker, None)
             if worker in self._idle:
                 self._idle.remove(worker)
             return is_lent
 
+    # --- supervisor: replacing and dismissing ---
+
+    def replace(self, worker: W) -> None:
+        """Note that a worker is going to leave, so that its successor is started."""
+        with self._lock:
+            if worker in self._expected or worker in self._lent or worker in self._idle:
+                self._outgoing.add(worker)
+
+    def is_outgoing(self, worker: W) -> bool:
+        with self._lock:
+            return worker in self._outgoing
+
+    def take_replaced(self) -> list[W]:
+        """Take those idle workers out that have a successor."""
+        with self._lock:
+            if not self._outgoing:
+                return []
+            spare = len(self._idle) + len(self._lent) - min(self._wanted, self.max_workers)
+            replaced = [worker for worker in self._idle if worker in self._outgoing][: max(spare, 0)]
+            self._take_out(replaced)
+            return replaced
+
+    def take_surplus(self, now: float, idle_timeout: float, min_workers: int) -> list[W]:
+        """Take those workers out that have been idle for `idle_timeout`, but leave `min_workers`."""
+        with self._lock:
+            most = max(self._present() - min_workers, 0)
+            surplus = [each for each in self._idle if self._idle_since[each] + idle_timeout <= now][:most]
+            self._take_out(surplus)
+            if surplus:
+                self._wanted = min(self._wanted, self._present())
+            return surplus
+
+    def next_surplus(self, now: float, idle_timeout: float, min_workers: int) -> float:
+        """Return when the next worker may have been idle for `idle_timeout`; infinite while none may leave."""
+        with self._lock:
+            if self._present() <= min_workers:
+                return math.inf
+            since = self._idle_since[self._idle[0]] if self._idle else now  # the longest idle one is the first
+            return since + idle_timeout
+
+    def _take_out(self, workers: list[W]) -> None:
+        for worker in workers:
+            self._idle.remove(worker)
+            del self._idle_since[worker]
+            self._outgoing.discard(worker)
+
     def take_idle(self) -> list[W]:
         """Take all idle workers out."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = list(self._idle)
+            self._take_out(idle)
             return idle
 
     def fail_start(self, make_error: Callable[[], BaseException]) -> bool:

@@ -154,21 +154,25 @@ class PoolBroken(CpuPoolError):
 
 
 class InitializerFailed(CpuPoolError):
-    """The pool's initializer raised in a new worker; its own exception is `__cause__`.
+    """The pool's initializer raised in a new worker, ended its process, or did not end in time.
+
+    What it raised is `__cause__`.
 
     Attributes:
         initializer: the name of the initializer.
         pid: the worker in which it ran.
+        reason: what happened, if it did not raise; else None.
     """
 
-    def __init__(self, initializer: str, pid: int) -> None:
-        super().__init__(initializer, pid)
+    def __init__(self, initializer: str, pid: int, reason: str | None = None) -> None:
+        super().__init__(initializer, pid, reason)
         self.initializer = initializer
         self.pid = pid
+        self.reason = reason
 
     def __str__(self) -> str:
         cause = self.__cause__
-        what = "failed" if cause is None else f"raised {type(cause).__name__}: {cause}"
+        what = self.reason or ("failed" if cause is None else f"raised {type(cause).__name__}: {cause}")
         return f"the initializer {self.initializer} {what} (in worker {self.pid}), so no worker can start"
 
 
@@ -179,24 +183,46 @@ class WorkerDied(CpuPoolError):
         pid: the process that died.
         exitcode: its exit status, None if a signal ended it or nobody could learn it.
         signal: the number of the signal that ended it, or None.
-        oom: True if it was killed for want of memory; None where that is not known.
+        oom: True if it was killed for want of memory, by the kernel or because it passed the pool's
+            `hard_memory_per_child`; None where that is not known.
         task: the function it was running, or the call's label.
         stack: the Python stack at the crash, as `faulthandler` saw it, or None.
+        resident: the bytes of memory it held when it passed the pool's limit; None if that was not the reason.
+        limit: that limit, in bytes, or None.
     """
 
     def __init__(
-        self, pid: int, exitcode: int | None, signal: int | None, oom: bool | None, task: str, stack: str | None
+        self,
+        pid: int,
+        exitcode: int | None,
+        signal: int | None,
+        oom: bool | None,
+        task: str,
+        stack: str | None,
+        resident: int | None = None,
+        limit: int | None = None,
     ) -> None:
-        super().__init__(pid, exitcode, signal, oom, task, stack)
+        super().__init__(pid, exitcode, signal, oom, task, stack, resident, limit)
         self.pid = pid
         self.exitcode = exitcode
         self.signal = signal
         self.oom = oom
         self.task = task
         self.stack = stack
+        self.resident = resident
+        self.limit = limit
 
     def __str__(self) -> str:
-        message = f"worker {self.pid} {describe_exit(self.exitcode, self.signal)} while it ran {self.task}"
+        if self.resident is not None and self.limit is not None:
+            how = (
+                f"was killed because it held {self.resident / 2**20:,.0f} MiB of memory, more than "
+                f"hard_memory_per_child ({self.limit / 2**20:,.0f} MiB),"
+            )
+        else:
+            how = describe_exit(self.exitcode, self.signal)
+            if self.oom:
+                how += ", by the kernel, for want of memory,"
+        message = f"worker {self.pid} {how} while it ran {self.task}"
         return f"{message}\n{self.stack}" if self.stack else message
 
 
@@ -310,7 +336,12 @@ STAGE_ARGUMENTS = "arguments"
 STAGE_RESULT = "result"
 
 
-def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "") -> bytes:
+def encode_error(
+    error: BaseException,
+    stage: str = STAGE_TASK,
+    subject: str = "",
+    dumps: Callable[[object], bytes] = _payload.dumps,
+) -> bytes:
     """Pickle an exception for the way to the pool (worker side); it never fails, whatever the exception.
 
     `subject` is the type of the result for `STAGE_RESULT`; the exception's own type otherwise.
@@ -327,7 +358,7 @@ def encode_error(error: BaseException, stage: str = STAGE_TASK, subject: str = "
         trace = "".join(traceback.format_exception(error))
     except BaseException:
         trace = "".join(traceback.format_tb(error.__traceback__)) + type_name + "\n"
-    record = (stage, subject or type_name, text, trace, _dump_exception(error))
+    record = (stage, subject or type_name, text, trace, _dump_exception(error, dumps))
     return _payload.dumps(tuple(_sendable(item) for item in record))
 
 
@@ -371,7 +402,7 @@ def _load_exception(pickled: bytes | None) -> Exception | None:
     return error if isinstance(error, Exception) else None
 
 
-def _dump_exception(error: BaseException) -> bytes | None:
+def _dump_exception(error: BaseException, dumps: Callable[[object], bytes]) -> bytes | None:
     """Pickle an exception so that it comes back as it is, or return None.
 
     Default pickling calls the class again with `args`, which fails, or garbles the message, for every class whose
@@ -379,7 +410,7 @@ def _dump_exception(error: BaseException) -> bytes | None:
     """
     if not isinstance(error, Exception) or isinstance(error, StopIteration):
         return None
-    for dump in (_payload.dumps, _dump_without_init):
+    for dump in (dumps, _dump_without_init):
         try:
             pickled = dump(error)
             if _same(_payload.loads(pickled), error):

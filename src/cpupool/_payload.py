@@ -14,11 +14,54 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROTOCOL = 5
+SERIALIZERS = ("pickle", "cloudpickle")
+
+
+def check_serializer(name: object) -> None:
+    """Raise unless `name` is a serializer that is installed here."""
+    if name not in SERIALIZERS:
+        raise ValueError(f"serializer must be one of {', '.join(map(repr, SERIALIZERS))}, not {name!r}")
+    if name == "cloudpickle":
+        import importlib.util
+
+        if importlib.util.find_spec("cloudpickle") is None:
+            raise ValueError("serializer='cloudpickle' needs that package: pip install 'cpupool[cloudpickle]'")
+
+
+def get_dumps(serializer: str) -> Callable[[object], bytes]:
+    """Return the `dumps` of that name.  What any of them makes, `loads` rebuilds."""
+    return _dumps_by_value if serializer == "cloudpickle" else dumps
 
 
 def dumps(value: object) -> bytes:
     """Pickle `value`; whatever its reducers raise comes out as it is."""
     return pickle.dumps(value, PROTOCOL)
+
+
+def _dumps_by_value(value: object) -> bytes:
+    """Pickle `value`, and with it the code of functions and classes that cannot be imported by their names."""
+    import cloudpickle
+
+    pickled: bytes = cloudpickle.dumps(value, PROTOCOL)
+    return pickled
+
+
+def dumps_for_start(value: object, serializer: str) -> bytes:
+    """Pickle what goes to a new process, while that is started: locks and queues of multiprocessing are allowed."""
+    from multiprocessing.reduction import ForkingPickler
+
+    if serializer == "pickle":
+        return bytes(ForkingPickler.dumps(value, PROTOCOL))
+    import collections
+    import io
+
+    import cloudpickle
+
+    file = io.BytesIO()
+    pickler = cloudpickle.Pickler(file, PROTOCOL)
+    pickler.dispatch_table = collections.ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
+    pickler.dump(value)
+    return file.getvalue()
 
 
 def loads(data: memoryview | bytes, buffers: Iterable[Any] = ()) -> Any:
@@ -72,44 +115,50 @@ def first_type(data: memoryview | bytes) -> str | None:
     return None
 
 
-def dumps_call(fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> bytes:
-    """Pickle a call.
+def dumps_call(
+    fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], dumps: Callable[[object], bytes]
+) -> bytes:
+    """Pickle a call with `dumps`, one that `get_dumps` returns.
 
     Raises:
         TaskNotPicklable: the function or an argument cannot be pickled; it names which, and the cure.
     """
     try:
-        return pickle.dumps((fn, args, kwargs), PROTOCOL)
+        return dumps((fn, args, kwargs))
     except Exception as error:
-        explained = _explain(fn, args, kwargs, error)
+        explained = _explain(fn, args, kwargs, dumps, error)
         if explained is None:
             raise
         raise explained from error
 
 
 def _explain(
-    fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], error: Exception
+    fn: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    dumps: Callable[[object], bytes],
+    error: Exception,
 ) -> Exception | None:
     """Find the part of a call that pickle refuses, by trying each one alone; None if it refuses nothing any more."""
     from ._errors import TaskNotPicklable, describe_callable
 
     task = describe_callable(fn)
     reason = f"{type(error).__name__}: {error}"
-    if not _pickles(fn):
+    if not _pickles(fn, dumps):
         return TaskNotPicklable(task, "the function", reason, _FUNCTION_ADVICE)
     parts = [(f"argument {index}", value) for index, value in enumerate(args, 1)]
     parts += [(f"argument {name!r}", value) for name, value in kwargs.items()]
     for name, value in parts:
-        if not _pickles(value):
+        if not _pickles(value, dumps):
             return TaskNotPicklable(task, f"{name} (a {type(value).__name__})", reason, _ARGUMENT_ADVICE)
-    if _pickles((fn, args, kwargs)):
+    if _pickles((fn, args, kwargs), dumps):
         return None  # the error came from elsewhere: from a signal handler of the program
     return TaskNotPicklable(task, "the arguments together", reason, _ARGUMENT_ADVICE)
 
 
-def _pickles(value: object) -> bool:
+def _pickles(value: object, dumps: Callable[[object], bytes]) -> bool:
     try:
-        pickle.dumps(value, PROTOCOL)
+        dumps(value)
     except Exception:
         return False
     return True
@@ -117,7 +166,8 @@ def _pickles(value: object) -> bool:
 
 _FUNCTION_ADVICE = (
     "Workers import the function by its name, so define it with 'def' at the top level of a module (no lambda, no "
-    "function inside a function), and bind values to it with functools.partial instead of a closure."
+    "function inside a function), and bind values to it with functools.partial instead of a closure. Or let the pool "
+    "send the code itself, with serializer='cloudpickle'."
 )
 _ARGUMENT_ADVICE = (
     "Send plain data (a path instead of an open file, a list instead of a generator), and make what cannot travel "

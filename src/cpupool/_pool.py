@@ -7,31 +7,27 @@ The way of a call, from `run` or `run_sync` down, is in `_call`; what happens to
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
-import itertools
-import sys
 import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from . import _roles
 from ._call import Call
+from ._checks import check_seconds
 from ._forking import at_fork
-from ._settings import UNSET, CallOptions, Settings, Unset, check_seconds
-from ._sizing import usable_cpus
+from ._settings import UNSET, CallOptions, Settings, Unset
+from ._starting import WorkerStarter
 from ._supervisor import Supervisor
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
 
     from ._executor import PoolExecutorFace
-    from ._process import WorkerProcess
     from ._waiting import Waits
 
 P = ParamSpec("P")
@@ -48,13 +44,28 @@ class CpuPool:
     workers of its own.
 
     Args:
-        max_workers: how many worker processes at most; by default `usable_cpus()`.
+        max_workers: how many tasks run at once at most, each in a worker of its own; by default `suggest_workers()`,
+            with the memory limit below as what a worker needs.
         mp_context: how they start: "forkserver", "spawn", "fork", or a `multiprocessing` context.  By default
             forkserver on Linux and spawn elsewhere.  "fork" is unsafe in a program with threads.
         initializer: called as `initializer(*initargs)` once in each new worker, before its first task.
         initargs: its arguments; as with any new process, `multiprocessing` locks and queues are allowed among them.
+        finalizer: called as `finalizer()` in each worker that leaves in peace: it is replaced, not needed any more, or
+            the pool closes.  It has `grace` seconds.  A worker that is killed does not come to it.
+        preload: full names of modules that are imported once, in a fork server of this pool's own; workers then start
+            in milliseconds, and share that memory.  The modules must not start threads when they are imported.
+        env: environment variables for the workers only, on top of the program's.
         start_timeout: seconds after which a worker that is not ready is killed.
-        max_tasks_per_child: how many tasks a worker runs before another takes its place; by default any number.
+        min_workers: how many workers stay, however long they have nothing to do; by default none need to.
+        idle_timeout: seconds without a task after which a worker leaves, down to `min_workers`; by default they stay.
+        max_tasks_per_child: how many tasks a worker runs before another takes its place; by default any number.  Its
+            successor starts while it runs its last task, so for a moment there are more processes than `max_workers`,
+            but never more tasks.  Limits above ten vary by up to a tenth downwards, so that workers are not all
+            replaced at once.
+        max_memory_per_child: bytes of memory (resident size, shared pages included) above which a worker is replaced,
+            between two tasks, once its successor is ready; by default any amount.  Varied likewise.
+        hard_memory_per_child: bytes of memory above which a task is killed with its worker, and fails with
+            `WorkerDied`; by default any amount.  It is looked at every few hundredths of a second.
         timeout: seconds that a task may run; by default any time.  See `options`.
         queue_timeout: seconds that a call may wait for a worker; by default any time.  See `options`.
         grace: seconds that an interrupted task has to end, and a dismissed worker to exit, before it is killed.
@@ -63,6 +74,8 @@ class CpuPool:
             number.
         retries: how often a call is run again after its worker died (`WorkerDied`).  The function must be safe to
             run twice: the worker may have died after it did its work.
+        serializer: "pickle", or "cloudpickle" (an optional dependency) to send lambdas, functions inside functions, and
+            what an interactive session defines.
         name: for messages and thread names.
 
     Raises:
@@ -76,14 +89,22 @@ class CpuPool:
         mp_context: str | BaseContext | None = None,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        finalizer: Callable[[], object] | None = None,
+        preload: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
         start_timeout: float = 60.0,
+        min_workers: int | None = None,
+        idle_timeout: float | None = None,
         max_tasks_per_child: int | None = None,
+        max_memory_per_child: int | None = None,
+        hard_memory_per_child: int | None = None,
         timeout: float | None = None,
         queue_timeout: float | None = None,
         grace: float = 1.0,
         drain: float = 5.0,
         max_pending: int | None = None,
         retries: int = 0,
+        serializer: str = "pickle",
         name: str = "CpuPool",
     ) -> None:
         self.settings: Settings = Settings(
@@ -91,23 +112,50 @@ class CpuPool:
             mp_context=mp_context,
             initializer=initializer,
             initargs=initargs,
+            finalizer=finalizer,
+            preload=preload,  # type: ignore[arg-type]  # it makes a tuple of it
+            env=env,
             start_timeout=start_timeout,
+            min_workers=min_workers,
+            idle_timeout=idle_timeout,
             max_tasks_per_child=max_tasks_per_child,
+            max_memory_per_child=max_memory_per_child,
+            hard_memory_per_child=hard_memory_per_child,
             timeout=timeout,
             queue_timeout=queue_timeout,
             grace=grace,
             drain=drain,
             max_pending=max_pending,
             retries=retries,
+            serializer=serializer,
             name=name,
         )
         self._options = self.settings.call_options()
         self._set_up()
         _pools.add(self)
 
+    @classmethod
+    def from_env(cls, prefix: str = "CPUPOOL_", **overrides: Any) -> Self:
+        """Make a pool whose settings come from environment variables: `CPUPOOL_MAX_WORKERS=4`, `CPUPOOL_TIMEOUT=30`.
+
+        Every argument of the pool has its variable: the prefix and its name in capitals.  "none" means None; an empty
+        variable, like one that is not set, the default.  Sizes may have a unit (512M, 1.5G: powers of 1024; 200MB:
+        powers of 1000), functions are written `package.module:function`, `preload` is a list with commas, `initargs` a
+        JSON array, `env` a JSON object.
+
+        Args:
+            prefix: what the variables' names begin with.
+            overrides: settings that are taken from here, whatever the variables say.
+
+        Raises:
+            ValueError: a variable does not hold what its setting can be; the message names it.
+        """
+        from ._environment import read_settings
+
+        return cls(**{**read_settings(prefix, without=overrides), **overrides})
+
     def _set_up(self) -> None:
-        start = _WorkerStarter(self.settings)
-        self._supervisor = Supervisor(self.settings, start.max_workers, start)
+        self._supervisor = Supervisor(self.settings, WorkerStarter(self.settings))
         self._dispatcher = self._supervisor.dispatcher
 
     def __repr__(self) -> str:
@@ -118,7 +166,7 @@ class CpuPool:
 
     @property
     def max_workers(self) -> int:
-        """The largest number of workers, as set or as `usable_cpus()` said when the pool was made."""
+        """The largest number of workers, as set or as `suggest_workers()` said when the pool was made."""
         return self._dispatcher.max_workers
 
     @property
@@ -356,48 +404,6 @@ def _make_executor(pool: CpuPool, run: Callable[..., Awaitable[Any]]) -> PoolExe
     from ._executor import PoolExecutorFace  # here: it loads asyncio, which most callers of a pool never need
 
     return PoolExecutorFace(pool, run)
-
-
-class _WorkerStarter:
-    """Starts one worker process after another as the settings say; the supervisor's thread calls it."""
-
-    def __init__(self, settings: Settings) -> None:
-        cpus = usable_cpus()
-        self.max_workers = settings.max_workers or cpus
-        self._threads = max(1, cpus // self.max_workers)
-        self._settings = settings
-        self._context: BaseContext | None = None
-        self._numbers = itertools.count(1)
-
-    def __call__(self) -> WorkerProcess:
-        from ._process import WorkerProcess, get_context  # here, in the supervisor's thread: it takes milliseconds
-
-        if self._context is None:
-            self._context = get_context(self._settings.mp_context)
-        name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
-        initializer, initargs = self._settings.initializer, self._settings.initargs
-        with _main_module_with_file():
-            return WorkerProcess(self._context, name, self._threads, initializer, initargs)
-
-
-_main_file: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
-
-
-@contextlib.contextmanager
-def _main_module_with_file() -> Iterator[None]:
-    """Let workers import the main module even when the program's script has ended and its exit handlers run.
-
-    Python deletes the module's `__file__` then, and multiprocessing takes it for one that cannot be imported.
-    """
-    main = sys.modules.get("__main__")
-    if main is None or _main_file is None or hasattr(main, "__file__"):
-        yield
-        return
-    main.__file__ = _main_file
-    try:
-        yield
-    finally:
-        del main.__file__
 
 
 def _async_waits() -> Waits:

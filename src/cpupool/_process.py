@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import marshal
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.spawn
@@ -20,11 +21,11 @@ import sys
 import weakref
 from typing import TYPE_CHECKING
 
-from . import _child
+from . import _child, _settling, _status
 from ._forking import at_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
@@ -53,35 +54,29 @@ class WorkerProcess:
         pid: its process id.
         channel: the pool's end of its socket, non-blocking.
         sentinel: a descriptor that becomes readable when the process has ended.
-        initializer_pickle: what has to be sent to it first; None for a forked one, which has it.
+        pickled_duties: what has to be sent to it first; None for a forked one, which has it.
     """
 
-    def __init__(
-        self,
-        context: BaseContext,
-        name: str,
-        threads: int,
-        initializer: Callable[..., object] | None,
-        initargs: tuple[object, ...],
-    ) -> None:
-        """Start the process; `threads` is its share of the CPUs.
+    def __init__(self, context: BaseContext, name: str, environment: Mapping[str, str], duties: _child.Duties) -> None:
+        """Start the process; `environment` is the whole of its own.
 
         Raises:
             OSError: no process or descriptor is to be had.
-            Exception: whatever pickling the initializer raises.
+            Exception: whatever pickling the duties raises.
         """
         self._pidfd: int | None = None
         self._is_forgotten = False
         self._descriptors = contextlib.ExitStack()
         with contextlib.ExitStack() as theirs:
             try:
-                setup = _child.Setup(*self._open_descriptors(theirs), threads, initializer, initargs)
+                channel, liveness, status = self._open_descriptors(theirs)
+                setup = _child.Setup(channel, liveness, status, environment, duties)
                 process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
                 self._process = process_type(target=_child.main, args=(setup,), daemon=False)
-                self._process.name = _NameWithEnvironment(name, threads)
+                self._process.name = _NameThatBeginsLife(name, environment, liveness)
                 _live.add(self)
                 self._process.start()
-                self.initializer_pickle = setup.initializer_pickle
+                self.pickled_duties = setup.pickled_duties
             except BaseException:
                 self.close()
                 raise
@@ -130,30 +125,38 @@ class WorkerProcess:
 
     def last_task_id(self) -> int:
         """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
-        return self._read_cell(_child.PICKED_UP)
+        return self._read_cell(_status.PICKED_UP)
+
+    def stage(self) -> int:
+        """Return how far it has come: one of the stages in `_status`."""
+        return self._read_cell(_status.STAGE)
+
+    def resident(self) -> int:
+        """Return the bytes of memory it held after its last task, if it weighs itself, else 0."""
+        return self._read_cell(_status.RESIDENT)
 
     def has_started(self, task_id: int) -> bool:
         """Return True if that is the last task whose call the worker has received as a whole, and begun."""
-        return self._read_cell(_child.STARTED) == task_id
+        return self._read_cell(_status.STARTED) == task_id
 
     def has_finished(self, task_id: int) -> bool:
         """Return True if that is the last task that the worker is done with."""
-        return self._read_cell(_child.FINISHED) == task_id
+        return self._read_cell(_status.FINISHED) == task_id
 
     def has_felt_interrupt(self, task_id: int) -> bool:
         """Return True if that is the last task in which `TaskInterrupted` was raised."""
-        return self._read_cell(_child.INTERRUPTED) == task_id
+        return self._read_cell(_status.INTERRUPTED) == task_id
 
     def _read_cell(self, index: int) -> int:
-        return int.from_bytes(os.pread(self._status, _child.CELL_SIZE, index * _child.CELL_SIZE), sys.byteorder)
+        return int.from_bytes(os.pread(self._status, _status.CELL_SIZE, index * _status.CELL_SIZE), sys.byteorder)
 
     def condemn(self, task_id: int) -> None:
         """Let that task be interrupted: at its start, if it has not started, else by the next signal."""
         if self._is_forgotten:
             return
         self._forget_stacks()  # what follows is of this task
-        condemned = task_id.to_bytes(_child.CELL_SIZE, sys.byteorder)
-        os.pwrite(self._status, condemned, _child.CONDEMNED * _child.CELL_SIZE)
+        condemned = task_id.to_bytes(_status.CELL_SIZE, sys.byteorder)
+        os.pwrite(self._status, condemned, _status.CONDEMNED * _status.CELL_SIZE)
 
     def send_interrupt(self) -> None:
         """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs."""
@@ -161,26 +164,26 @@ class WorkerProcess:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, _child.INTERRUPT_SIGNAL)
+                signal.pidfd_send_signal(self._pidfd, _status.INTERRUPT_SIGNAL)
             elif self.poll() is None:
-                os.kill(self.pid, _child.INTERRUPT_SIGNAL)
+                os.kill(self.pid, _status.INTERRUPT_SIGNAL)
 
     def take_stack(self) -> str | None:
         """Return, and forget, the Python stack that `faulthandler` wrote at a crash, or else at the first interrupt."""
-        text = os.pread(self._status, _MAX_STACK_BYTES, _child.STATUS_PAGE_SIZE).decode("utf-8", "replace")
+        text = os.pread(self._status, _MAX_STACK_BYTES, _status.STATUS_PAGE_SIZE).decode("utf-8", "replace")
         if not text:
             return None
         self._forget_stacks()
-        crash = text.find(_child.CRASH_HEADING)
-        stacks = text[max(crash, 0) :].split(f"\n{_child.STACK_HEADING}")
-        text = f"\n{_child.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
+        crash = text.find(_status.CRASH_HEADING)
+        stacks = text[max(crash, 0) :].split(f"\n{_status.STACK_HEADING}")
+        text = f"\n{_status.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
         own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
         stack = "\n".join(own).strip()
-        return None if stack in ("", _child.STACK_HEADING) else stack
+        return None if stack in ("", _status.STACK_HEADING) else stack
 
     def _forget_stacks(self) -> None:
-        os.ftruncate(self._status, _child.STATUS_PAGE_SIZE)
-        os.lseek(self._status, _child.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
+        os.ftruncate(self._status, _status.STATUS_PAGE_SIZE)
+        os.lseek(self._status, _status.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
 
     def kill(self) -> None:
         """End the process and what it started, at once."""
@@ -209,39 +212,35 @@ class WorkerProcess:
         self._descriptors.close()
 
 
-class _NameWithEnvironment(str):
-    """The process's name, which takes the worker's environment along.
+class _NameThatBeginsLife(str):
+    """The process's name, which takes `begin_life` along.
 
     A new process unpickles its name before anything else: before multiprocessing makes it import the user's main
-    module, which is where NumPy is usually imported and its thread count decided, and where Ctrl-C would print a
-    traceback.  So that is set right here.  So is that a main module which has no file (a program read from standard
-    input) is not to be imported at all: to multiprocessing it then looks as if it had been.
-
-    It is an expression over builtins, because the way to this package may not yet be in the new process's `sys.path`.
+    module, which may take long, or fail, or never end.  The function travels as its compiled code, because the way to
+    this package may not yet be in the new process's `sys.path`.
     """
 
-    __slots__ = ("threads",)
-    threads: int
+    __slots__ = ("_arguments", "_has_travelled")
+    _arguments: tuple[Mapping[str, str], int]
+    _has_travelled: bool
 
-    def __new__(cls, name: str, threads: int) -> _NameWithEnvironment:
+    def __new__(cls, name: str, environment: Mapping[str, str], liveness: int) -> _NameThatBeginsLife:
         self = str.__new__(cls, name)
-        self.threads = threads
+        self._arguments = environment, liveness
+        self._has_travelled = False
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        settle = (
-            "(__import__('signal').signal(2, __import__('signal').SIG_IGN),"
-            "[__import__('os').environ.setdefault(variable, threads) for variable in variables],"
-            "main is None or setattr(__import__('__main__'), '__file__', main),"
-            "name)[-1]"
+        if self._has_travelled:
+            return str, (str(self),)  # multiprocessing pickles it once more, with the process
+        self._has_travelled = True
+        environment, liveness = self._arguments
+        call = (
+            "__import__('types').FunctionType(__import__('marshal').loads(code), {'__builtins__': __builtins__})"
+            "(*arguments)"
         )
-        values = {
-            "name": str(self),
-            "variables": _child.THREAD_LIMIT_VARIABLES,
-            "threads": str(self.threads),
-            "main": _main_path_without_file(),
-        }
-        return eval, (settle, values)
+        arguments = str(self), _main_path_without_file(), dict(environment), _child.TravellingFd(liveness)
+        return eval, (call, {"code": marshal.dumps(_settling.begin_life.__code__), "arguments": arguments})
 
 
 def _main_path_without_file() -> str | None:
@@ -259,7 +258,7 @@ def _open_status_file() -> int:
 
         with tempfile.TemporaryFile() as file:
             number = os.dup(file.fileno())
-    os.truncate(number, _child.STATUS_PAGE_SIZE)
+    os.truncate(number, _status.STATUS_PAGE_SIZE)
     return number
 
 

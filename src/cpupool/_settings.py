@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from . import _payload
+from ._checks import check_bytes, check_count, check_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,37 +28,103 @@ class Settings:
     mp_context: str | BaseContext | None = None
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
+    finalizer: Callable[[], object] | None = None
+    preload: tuple[str, ...] = ()
+    env: Mapping[str, str] | None = None
     start_timeout: float = 60.0
+    min_workers: int | None = None
+    idle_timeout: float | None = None
     max_tasks_per_child: int | None = None
+    max_memory_per_child: int | None = None
+    hard_memory_per_child: int | None = None
     timeout: float | None = None
     queue_timeout: float | None = None
     grace: float = 1.0
     drain: float = 5.0
     max_pending: int | None = None
     retries: int = 0
+    serializer: str = "pickle"
     name: str = "CpuPool"
 
     def __post_init__(self) -> None:
         for name in ("max_workers", "max_tasks_per_child"):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, at_least=1)
-        if self.max_pending is not None:
-            check_count("max_pending", self.max_pending, at_least=0)
+        for name in ("max_pending", "min_workers"):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, at_least=0)
+        for name in ("max_memory_per_child", "hard_memory_per_child"):
+            if (value := getattr(self, name)) is not None:
+                check_bytes(name, value)
         self.call_options()
         for name in ("start_timeout", "grace", "drain"):
             check_seconds(name, getattr(self, name))
-        if self.initializer is not None and not callable(self.initializer):
-            raise TypeError(f"initializer must be callable or None, not {self.initializer!r}")
+        if self.idle_timeout is not None:
+            check_seconds("idle_timeout", self.idle_timeout)
+        for name in ("initializer", "finalizer"):
+            if (value := getattr(self, name)) is not None and not callable(value):
+                raise TypeError(f"{name} must be callable or None, not {value!r}")
         if not isinstance(self.initargs, tuple):
             raise TypeError(f"initargs must be a tuple, not {self.initargs!r}; for one argument write (argument,)")
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"name must be a string that is not empty, not {self.name!r}")
         if self.mp_context is not None:
             _check_context(self.mp_context)
+        _payload.check_serializer(self.serializer)
+        self._check_preload()
+        self._check_env()
+        self._check_limits_together()
+
+    def _check_preload(self) -> None:
+        given: object = self.preload
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(
+                f"preload must be a tuple of module names, not {given!r}; for one write ('package.module',)"
+            )
+        preload = tuple(given)
+        for module in preload:
+            if not isinstance(module, str) or not all(part.isidentifier() for part in module.split(".")):
+                raise TypeError(f"preload must hold full names of modules, like 'package.module', not {module!r}")
+        if preload and self.start_method not in ("forkserver", None):
+            raise ValueError(
+                f"preload needs the start method 'forkserver', not {self.start_method!r}: only there can workers share "
+                "what was imported once; let the initializer import what they need"
+            )
+        object.__setattr__(self, "preload", preload)
+
+    def _check_env(self) -> None:
+        if self.env is None:
+            return
+        if not isinstance(self.env, Mapping):
+            raise TypeError(f"env must be a mapping of names to values, not {self.env!r}")
+        for name, value in self.env.items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"env must map strings to strings, not {name!r} to {value!r}")
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"env cannot set {name!r} to {value!r}: no environment variable can be that")
+        object.__setattr__(self, "env", dict(self.env))
+
+    def _check_limits_together(self) -> None:
+        if None not in (self.min_workers, self.max_workers) and self.min_workers > self.max_workers:  # type: ignore[operator]
+            raise ValueError(f"min_workers is {self.min_workers}, more than max_workers ({self.max_workers})")
+        soft, hard = self.max_memory_per_child, self.hard_memory_per_child
+        if soft is not None and hard is not None and soft > hard:
+            raise ValueError(
+                f"max_memory_per_child is {soft}, more than hard_memory_per_child ({hard}), which kills before"
+            )
+
+    @property
+    def start_method(self) -> str | None:
+        """The name of the start method; None for the one that suits the system."""
+        if self.mp_context is None or isinstance(self.mp_context, str):
+            return self.mp_context
+        method: str | None = self.mp_context.get_start_method()
+        return method
 
     def call_options(self) -> CallOptions:
         """Return those settings that a call may change for itself."""
-        return CallOptions(timeout=self.timeout, queue_timeout=self.queue_timeout, retries=self.retries)
+        dumps = _payload.get_dumps(self.serializer)
+        return CallOptions(timeout=self.timeout, queue_timeout=self.queue_timeout, retries=self.retries, dumps=dumps)
 
 
 class Unset(enum.Enum):
@@ -69,7 +138,7 @@ UNSET = Unset.UNSET
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
-    """How one call is run, as `CpuPool.options` documents it.
+    """How one call is run, as `CpuPool.options` documents it; and how its pool pickles calls.
 
     Raises:
         TypeError, ValueError: an option is not what it can be; the message names it.
@@ -79,6 +148,7 @@ class CallOptions:
     queue_timeout: float | None = None
     retries: int = 0
     label: str | None = None
+    dumps: Callable[[object], bytes] = field(default=_payload.dumps, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout"):
@@ -91,26 +161,6 @@ class CallOptions:
     def changed(self, **changes: Any) -> CallOptions:
         """Return a copy with those of the changes that are not `UNSET`."""
         return dataclasses.replace(self, **{name: each for name, each in changes.items() if each is not UNSET})
-
-
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    """Raise unless `value` is an int of at least `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, not {value}")
-
-
-def check_seconds(name: str, value: object) -> None:
-    """Raise unless `value` is a number of seconds, not negative and not NaN."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is too large; for no limit, use None or math.inf") from None
-    if math.isnan(number) or number < 0:
-        raise ValueError(f"{name} must not be negative, not {value}")
 
 
 def _check_context(context: object) -> None:

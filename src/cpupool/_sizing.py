@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+MEMORY_SHARE = 0.9  # of the usable memory, for the workers
 
 # Version 1 says "no limit" with the largest multiple of the page size; nobody has that much.
 _NO_MEMORY_LIMIT = 1 << 60
@@ -31,6 +35,7 @@ class Limits:
         configured: the value of CPUPOOL_MAX_WORKERS, or None.
         memory: bytes of memory the machine has, or None where that cannot be learnt.
         memory_limit: bytes that its cgroups allow, or None.
+        siblings: how many server processes share all that, itself included, as WEB_CONCURRENCY says; else 1.
     """
 
     cpus: int
@@ -39,24 +44,71 @@ class Limits:
     configured: int | None
     memory: int | None
     memory_limit: int | None
+    siblings: int = 1
 
     @property
     def usable_cpus(self) -> int:
-        limits = [self.affinity]
-        if self.quota is not None:
-            limits.append(math.ceil(self.quota))
-        if self.configured is not None:
-            limits.append(self.configured)
-        return max(min(limits), 1)
+        return self._at_most_configured(self._allowed_cpus)
+
+    @property
+    def usable_memory(self) -> int | None:
+        return min((each for each in (self.memory, self.memory_limit) if each is not None), default=None)
+
+    def suggest_workers(self, memory_per_worker: int | None = None) -> int:
+        workers = self._at_most_configured(self._allowed_cpus // self.siblings)
+        if memory_per_worker is not None and self.usable_memory is not None:
+            share = self.usable_memory * MEMORY_SHARE / self.siblings
+            workers = min(workers, int(share // memory_per_worker))
+        return max(workers, 1)
+
+    @property
+    def _allowed_cpus(self) -> int:
+        return self.affinity if self.quota is None else min(self.affinity, math.ceil(self.quota))
+
+    def _at_most_configured(self, number: int) -> int:
+        return max(number if self.configured is None else min(number, self.configured), 1)
 
 
 def usable_cpus() -> int:
     """Return how many CPUs this process may keep busy: the least of affinity, cgroup quota and CPUPOOL_MAX_WORKERS.
 
+    A quota is rounded up: 1.5 CPUs keep two workers busy.
+
     Raises:
         ValueError: CPUPOOL_MAX_WORKERS is no positive whole number.
     """
     return measure_limits().usable_cpus
+
+
+def usable_memory() -> int | None:
+    """Return how many bytes of memory this process may use: the least of what the machine has and its cgroups allow.
+
+    Returns:
+        None where the system does not say.
+    """
+    return measure_limits().usable_memory
+
+
+def suggest_workers(memory_per_worker: int | None = None) -> int:
+    """Return how many workers suit this process; a pool's `max_workers` is `suggest_workers()` by default.
+
+    That is `usable_cpus()`, or fewer if memory does not suffice for so many: nine tenths of `usable_memory()` are
+    shared out, the rest is for this process.  Where several server processes share the machine and WEB_CONCURRENCY says
+    how many (as gunicorn, uvicorn and hosting platforms have it), it is this one's share of both.
+
+    Args:
+        memory_per_worker: bytes that a worker needs at its worst.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        TypeError, ValueError: `memory_per_worker` is no positive int.
+        ValueError: CPUPOOL_MAX_WORKERS or WEB_CONCURRENCY is no whole number that makes sense.
+    """
+    if memory_per_worker is not None:
+        check_count("memory_per_worker", memory_per_worker, at_least=1)
+    return measure_limits().suggest_workers(memory_per_worker)
 
 
 def measure_limits(root: Path = Path("/")) -> Limits:
@@ -67,19 +119,20 @@ def measure_limits(root: Path = Path("/")) -> Limits:
         cpus=cpus,
         affinity=affinity,
         quota=min(_cpu_quotas(root), default=None),
-        configured=_configured_workers(),
+        configured=_whole_number("CPUPOOL_MAX_WORKERS", at_least=1),
         memory=_machine_memory(),
         memory_limit=min(_memory_limits(root), default=None),
+        siblings=max(_whole_number("WEB_CONCURRENCY", at_least=0) or 1, 1),
     )
 
 
-def _configured_workers() -> int | None:
-    text = os.environ.get("CPUPOOL_MAX_WORKERS", "").strip()
+def _whole_number(variable: str, *, at_least: int) -> int | None:
+    text = os.environ.get(variable, "").strip()
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or int(text) < at_least:
         raise ValueError(
-            f"the environment variable CPUPOOL_MAX_WORKERS must be a whole number of at least 1, not {text!r}"
+            f"the environment variable {variable} must be a whole number of at least {at_least}, not {text!r}"
         )
     return int(text)
 
@@ -109,6 +162,17 @@ def _memory_limits(root: Path) -> Iterator[int]:
         text = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
         if text.isdecimal() and int(text) < _NO_MEMORY_LIMIT:
             yield int(text)
+
+
+def count_oom_kills(root: Path = Path("/")) -> int | None:
+    """Return how many processes of this process's cgroup were ever killed for want of memory; None if nobody counts."""
+    for group in _groups(root, "memory"):
+        text = _read(group / "memory.events") or _read(group / "memory.oom_control")
+        for line in text.splitlines():
+            name, _, number = line.partition(" ")
+            if name == "oom_kill" and number.isdecimal():
+                return int(number)
+    return None
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -139,6 +139,8 @@ class Stopping:
             self._dispatcher.remove(worker)
             self._crew.send_home(worker, time.monotonic() + self._grace)
             return
+        if worker.is_too_large:
+            self._dispatcher.replace(worker)
         worker.state = State.READY
         worker.deadline = math.inf
         self._dispatcher.add_ready(worker)

@@ -28,6 +28,7 @@ from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed
 from ._lease import Verdict
+from ._memory import SAMPLING_INTERVAL, MemoryGuard, OomWitness
 from ._stopping import Stopping
 from ._worker import State, Worker
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._lease import Lease
-    from ._process import WorkerProcess
     from ._settings import Settings
+    from ._starting import WorkerStarter
     from ._waiting import Ticket
 
 LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
@@ -51,20 +52,24 @@ class Supervisor:
         dispatcher: lends the workers that are ready.
         next_task_id: gives the next number.
         notify, look_by: see `Crew.wake` and `Crew.look_by`.
+        sampling_interval: within so many seconds a task's memory must be looked at; None if there is no limit.
     """
 
-    def __init__(self, settings: Settings, max_workers: int, start: Callable[[], WorkerProcess]) -> None:
+    def __init__(self, settings: Settings, starter: WorkerStarter) -> None:
         self.name = settings.name
         self.finished = False
         self._crew = Crew()
         self.notify, self.look_by = self._crew.wake, self._crew.look_by
         self.dispatcher: Dispatcher[Worker] = Dispatcher(
-            max_workers, settings.name, self.notify, max_pending=settings.max_pending
+            starter.max_workers, settings.name, self.notify, max_pending=settings.max_pending
         )
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
-        self._births = Births(settings, start, self._crew, self.dispatcher)
+        self._oom_witness = OomWitness()
+        self._births = Births(settings, starter, self._crew, self.dispatcher, self._oom_witness)
         self._stopping = Stopping(settings.grace, self._crew, self.dispatcher)
+        self._memory_guard = MemoryGuard(settings.hard_memory_per_child, self._crew, self.dispatcher)
+        self.sampling_interval = None if settings.hard_memory_per_child is None else SAMPLING_INTERVAL
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
@@ -133,8 +138,8 @@ class Supervisor:
 
     # --- orders, carried out in the thread ---
 
-    def recover(self, lease: Lease[Worker]) -> None:
-        """Take over the worker of a call that was given up, and make it ready for the next."""
+    def take_back(self, lease: Lease[Worker]) -> None:
+        """Take over the worker of a call that was given up, or of one that could not give it back."""
         worker = lease.worker
         if worker is None:
             return
@@ -142,9 +147,12 @@ class Supervisor:
             self.bury(lease, None)
         elif worker.in_call:
             self._stopping.recover(lease)
-        elif not worker.tasks_left:
-            self.retire(lease)
-        elif not self.dispatcher.give_back(lease):
+        elif worker.tasks_left and self.dispatcher.give_back(lease):
+            pass
+        elif not worker.tasks_left or self.dispatcher.is_outgoing(worker):
+            self.dispatcher.take_over(lease)
+            self._send_home(worker)
+        else:
             self.bury(lease, None)
 
     def bury(self, lease: Lease[Worker], heir: Ticket | None) -> None:
@@ -171,15 +179,6 @@ class Supervisor:
                 error=PoolBroken("this call was made by the parent of this forked process, and is the parent's")
             )
 
-    def retire(self, lease: Lease[Worker]) -> None:
-        """Take over a worker that has run as many tasks as it may, and send it home."""
-        worker = lease.worker
-        if self.finished or worker is None or worker.state is not State.READY:
-            self.bury(lease, None)
-        else:
-            self.dispatcher.take_over(lease)
-            self._crew.send_home(worker, time.monotonic() + self._settings.grace)
-
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
         self._is_stopping = True
@@ -204,14 +203,18 @@ class Supervisor:
                 self._crew.sleep(self._next_deadline)
                 self._carry_out_orders()
                 self._enforce_deadlines(time.monotonic())
+                self._dismiss_workers(time.monotonic())
+                self._births.refuse_while_broken()
                 if (worker := self._births.start_one_if_missing()) is not None:
                     self._crew.watch_end(worker, self._on_end)
+                self.dispatcher.serve_queue()
                 self.dispatcher.settle_warm_ups()
                 self._advance_stop()
         except BaseException as error:
             self._give_up(error)
             raise
         finally:
+            self._births.stop()
             self._crew.close()
             self._carry_out_orders()  # what was posted while `finished` was not yet set
             for ticket in self._stop_tickets:
@@ -230,6 +233,8 @@ class Supervisor:
             self._crew.next_deadline(),
             self._stopping.next_deadline(),
             self._births.next_deadline(),
+            self._memory_guard.next_deadline(),
+            self._next_surplus(),
             self.dispatcher.next_queue_deadline(),
             self._killed_at if self._births.stopped else self._stop_at,
         )
@@ -237,11 +242,31 @@ class Supervisor:
     def _enforce_deadlines(self, now: float) -> None:
         self.dispatcher.expire_queue(now)
         self._stopping.enforce_deadlines(now)
+        self._memory_guard.enforce_limit(now)
         for worker in list(self._crew.workers):
             if worker.deadline <= now:
                 if worker.state is State.STARTING:
                     self._births.report_overdue(worker)
                 self._crew.kill(worker)
+
+    # --- workers that leave in peace ---
+
+    def _dismiss_workers(self, now: float) -> None:
+        """Send home workers whose successor is there, and those that had nothing to do for too long."""
+        workers = self.dispatcher.take_replaced()
+        if self._settings.idle_timeout is not None:
+            workers += self.dispatcher.take_surplus(now, self._settings.idle_timeout, self._settings.min_workers or 0)
+        for worker in workers:
+            self._send_home(worker)
+
+    def _next_surplus(self) -> float:
+        if self._settings.idle_timeout is None or self._births.stopped:
+            return math.inf
+        min_workers = self._settings.min_workers or 0
+        return self.dispatcher.next_surplus(time.monotonic(), self._settings.idle_timeout, min_workers)
+
+    def _send_home(self, worker: Worker) -> None:
+        self._crew.send_home(worker, time.monotonic() + self._settings.grace)
 
     # --- death ---
 
@@ -274,7 +299,7 @@ class Supervisor:
         self._crew.workers.discard(worker)
         heir, worker.heir = worker.heir, None
         if heir is not None:
-            heir.settle(worker.death())
+            heir.settle(worker.death(self._oom_witness.was_oom_kill))
         worker.process.close()
 
     # --- the end ---
@@ -284,12 +309,12 @@ class Supervisor:
             return
         now = time.monotonic()
         if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
-            self._births.stopped = True
+            self._births.stop()
             self._killed_at = now + self._settings.grace
             self._stop_running_tasks()
         if self._births.stopped:
             for worker in self.dispatcher.take_idle():
-                self._crew.send_home(worker, now + self._settings.grace)
+                self._send_home(worker)
             if now >= self._killed_at:
                 self._killed_at = math.inf
                 for worker in self._crew.workers:

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import enum
 import math
+import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._child import CRASH_HEADING
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
+from ._status import CRASH_HEADING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._frames import Frame
     from ._process import WorkerProcess
     from ._waiting import Ticket, Waits
@@ -59,7 +62,8 @@ class Death:
     """How a worker ended.  `exitcode` and `signal` are both None where nobody could learn it.
 
     `stack` is what `faulthandler` wrote: at a crash, or else at an interrupt.  `by_pool` says that the pool itself has
-    killed it.
+    killed it to stop it.  `oom` says that it was for want of memory; `excess`, what it held and what it might,
+    if it was the pool that did not let it have more.
     """
 
     pid: int
@@ -68,6 +72,8 @@ class Death:
     stack: str | None
     last_task_id: int
     by_pool: bool
+    oom: bool | None
+    excess: tuple[int, int] | None
 
     @property
     def crash_stack(self) -> str | None:
@@ -83,8 +89,10 @@ class Worker:
         state: see `State`.
         deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
+        excess: the bytes of memory for which the pool has killed it, and how many it was allowed; or None.
         heir: settled with its `Death` for the call that lost it.
         tasks_left: how many it may still be given.
+        max_memory: the bytes it may hold after a task and go on, or None.
         in_call: True from the moment a call is sent until its answer is here.
         unsent: what is still to be sent of that call, or None.
     """
@@ -95,20 +103,26 @@ class Worker:
         "_sent",
         "_state",
         "deadline",
+        "excess",
         "heir",
         "in_call",
+        "max_memory",
         "process",
         "tasks_left",
         "unsent",
         "was_killed",
     )
 
-    def __init__(self, process: WorkerProcess, deadline: float, max_tasks: int | None) -> None:
+    def __init__(
+        self, process: WorkerProcess, deadline: float, *, max_tasks: int | None = None, max_memory: int | None = None
+    ) -> None:
         self.process = process
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
+        self.excess: tuple[int, int] | None = None
         self.tasks_left: float = math.inf if max_tasks is None else max_tasks
+        self.max_memory = max_memory
         self.in_call = False
         self.unsent: memoryview | None = None
         self._state = State.STARTING
@@ -128,6 +142,11 @@ class Worker:
         if state not in _TRANSITIONS[self._state]:
             raise RuntimeError(f"{self!r} cannot become {state.value}")
         self._state = state
+
+    @property
+    def is_too_large(self) -> bool:
+        """True if it held more memory after its last task than it may, to go on."""
+        return self.max_memory is not None and self.process.resident() > self.max_memory
 
     async def exchange(self, task_id: int, call: bytes, waits: Waits) -> Frame:
         """Send a call, a whole frame, and wait for its answer.
@@ -212,15 +231,18 @@ class Worker:
         except OSError:
             pass  # ended already
 
-    def death(self) -> Death:
-        """Describe how the ended process ended."""
+    def death(self, was_oom_killed: Callable[[], bool | None]) -> Death:
+        """Describe how the ended process ended; `was_oom_killed` is asked if it may have been."""
         status = self.process.poll()
         died_of_signal = status is not None and status < 0
+        killed_by_others = status == -signal.SIGKILL and not self.was_killed
         return Death(
             pid=self.process.pid,
             exitcode=None if died_of_signal else status,
             signal=-status if status is not None and died_of_signal else None,
             stack=self.process.take_stack(),
             last_task_id=self.process.last_task_id(),
-            by_pool=self.was_killed,
+            by_pool=self.was_killed and self.excess is None,
+            oom=was_oom_killed() if killed_by_others else self.excess is not None,
+            excess=self.excess,
         )

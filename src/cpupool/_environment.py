@@ -1,0 +1,138 @@
+"""A pool's settings as text: how environment variables become what `CpuPool` takes.
+
+Each setting has one reader, and an error of a reader names the variable.  That every setting has one, a test holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from ._settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Mapping
+
+_UNITS = {"": 1, **{letter: 1024**power for power, letter in enumerate("KMGT", 1)}}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?", re.IGNORECASE)
+
+
+def read_settings(
+    prefix: str, without: Container[str] = (), environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """Return the settings that the variables give: `prefix` and the setting in capitals; an empty one gives nothing.
+
+    `without` names settings whose variables are not looked at.
+
+    Raises:
+        ValueError: a variable does not hold what its setting can be; the message names it.
+    """
+    found: dict[str, Any] = {}
+    for setting, read in READERS.items():
+        variable = prefix + setting.upper()
+        text = environment.get(variable, "").strip()
+        if not text or setting in without:
+            continue
+        try:
+            value: Any = None if text.lower() == "none" else read(text)
+            Settings(**{setting: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the environment variable {variable} is {text!r}: {error}") from error
+        found[setting] = value
+    return found
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("it must be a whole number") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("it must be a number of seconds") from None
+
+
+def _bytes(text: str) -> int:
+    """Read a size as Docker and systemd do (512M, 1.5G: powers of 1024), or as 200MB, in powers of 1000."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError("it must be a number of bytes, like 200000000, 512M, 1.5G or 200MB")
+    number, unit, suffix = match.groups()
+    factor = _UNITS[unit.upper()]
+    if unit and suffix is not None and suffix.upper() == "B":
+        factor = 1000 ** "KMGT".find(unit.upper()) * 1000
+    return int(float(number) * factor)
+
+
+def _function(text: str) -> Callable[..., object]:
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise ValueError("it must be a module and a function in it, like 'package.module:function'")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"it cannot be imported: {error}") from error
+    function: Callable[..., object] = found
+    return function
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _arguments(text: str) -> tuple[object, ...]:
+    wanted = 'it must be a JSON array, like ["model.bin", 3]'
+    values = _json(text, wanted)
+    if not isinstance(values, list):
+        raise ValueError(wanted)
+    return tuple(values)
+
+
+def _mapping(text: str) -> dict[str, str]:
+    wanted = 'it must be a JSON object of strings, like {"OMP_NUM_THREADS": "2"}'
+    values = _json(text, wanted)
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ValueError(wanted)
+    return values
+
+
+def _json(text: str, wanted: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        raise ValueError(wanted) from None
+    return value
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "max_workers": _int,
+    "mp_context": str,
+    "initializer": _function,
+    "initargs": _arguments,
+    "finalizer": _function,
+    "preload": _names,
+    "env": _mapping,
+    "start_timeout": _seconds,
+    "min_workers": _int,
+    "idle_timeout": _seconds,
+    "max_tasks_per_child": _int,
+    "max_memory_per_child": _bytes,
+    "hard_memory_per_child": _bytes,
+    "timeout": _seconds,
+    "queue_timeout": _seconds,
+    "grace": _seconds,
+    "drain": _seconds,
+    "max_pending": _int,
+    "retries": _int,
+    "serializer": str,
+    "name": str,
+}

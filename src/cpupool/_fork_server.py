@@ -1,0 +1,233 @@
+"""A fork server of one pool's own, in which modules are imported once for all its workers.
+
+multiprocessing's own server is one for the whole program: what it preloads is settled when it first starts, by whoever
+came first, it swallows import errors, and before Python 3.12.4 it does not even know the program's `sys.path`.  So this
+one is started here, speaks multiprocessing's protocol from then on, and its processes are multiprocessing's too.
+
+Rules: the supervisor's thread alone uses it.  It never waits for the imports: `answer` becomes readable when they are
+done, or have failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.spawn
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from multiprocessing import popen_forkserver, reduction, resource_tracker, util
+from multiprocessing.forkserver import read_signed
+from typing import TYPE_CHECKING, Any
+
+from . import _preload
+from ._errors import decode_error, describe_exit
+from ._forking import at_fork
+from ._frames import FrameDecoder, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_PROGRAM = "import pickle, sys; file = open({}, 'rb'); sys.path[:] = pickle.load(file); pickle.load(file)()"
+_RECEIVE_SIZE = 64 * 1024
+_live: weakref.WeakSet[ForkServer] = weakref.WeakSet()
+
+
+class PreloadFailed(Exception):
+    """The modules could not be imported; the error itself, if there was one, is `__cause__`."""
+
+
+class ForkServer:
+    """Starts a server process, and processes from it.
+
+    Attributes:
+        answer: a descriptor that becomes readable when the server has news; None unless it is starting.
+        is_ready: True while it can start processes, as far as is known.
+    """
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        self._preload = tuple(preload)
+        self.answer: int | None = None
+        self.is_ready = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._descriptors = contextlib.ExitStack()
+        _live.add(self)
+
+    def start(self, environment: Mapping[str, str]) -> int:
+        """Start the server; its imports go on behind the caller's back.
+
+        Returns:
+            The descriptor that `answer` is from now on.
+
+        Raises:
+            OSError: no process or descriptor is to be had.
+        """
+        with contextlib.ExitStack() as theirs:
+            try:
+                return self._start(environment, theirs)
+            except BaseException:
+                self.stop()
+                raise
+
+    def _start(self, environment: Mapping[str, str], theirs: contextlib.ExitStack) -> int:
+        self._address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]  # in a folder that only this user may enter
+        listener = theirs.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(self._address)
+        self._descriptors.callback(lambda: _unlink(self._address))
+        listener.listen()
+        liveness, self._our_liveness = os.pipe()
+        theirs.callback(os.close, liveness)
+        self._descriptors.callback(os.close, self._our_liveness)
+        self.answer, their_answer = os.pipe()
+        theirs.callback(os.close, their_answer)
+        self._descriptors.callback(os.close, self.answer)
+        self._decoder = FrameDecoder()
+        orders = theirs.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+        pickle.dump(sys.path, orders)
+        pickle.dump(functools.partial(_preload.serve, listener.fileno(), liveness, their_answer, self._preload), orders)
+        orders.seek(0)
+        executable = os.fsdecode(multiprocessing.spawn.get_executable())
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        self._process = subprocess.Popen(
+            [executable, *flags, "-c", _PROGRAM.format(orders.fileno())],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=(listener.fileno(), liveness, their_answer, orders.fileno()),
+            process_group=0,  # Ctrl-C does not reach it
+        )
+        return self.answer
+
+    def read_answer(self) -> None:
+        """Read what the server has said; from READY on it is ready.
+
+        Raises:
+            PreloadFailed: it never will be.
+        """
+        if self.answer is None:
+            return
+        data = os.read(self.answer, _RECEIVE_SIZE)
+        self._decoder.feed(data)
+        frame = self._decoder.next_frame()
+        if frame is None and data:
+            return
+        self.answer = None  # its descriptor is closed with the others
+        if frame is None:
+            status = self._wait()
+            exitcode, signal = (None, -status) if status < 0 else (status, None)
+            raise PreloadFailed(f"the fork server {describe_exit(exitcode, signal)} while it imported what to preload")
+        if frame.kind is not Kind.READY:
+            module = self._preload[frame.task_id]
+            error = decode_error(frame.body, f"import {module}")
+            raise PreloadFailed(f"{module!r}, which is to be preloaded, cannot be imported") from error
+        self.is_ready = True
+
+    def connect(self, descriptors: Sequence[int]) -> tuple[int, int]:
+        """Have the server fork, and give the new process these descriptors.
+
+        Returns:
+            A descriptor from which its process id and later its exit status can be read, and one to which its
+            preparation data are to be written.
+
+        Raises:
+            OSError: the server is gone.
+        """
+        with socket.socket(socket.AF_UNIX) as client, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            client.connect(self._address)
+            status, child_status = os.pipe()
+            ours.callback(os.close, status)
+            theirs.callback(os.close, child_status)
+            child_data, data = os.pipe()
+            theirs.callback(os.close, child_data)
+            ours.callback(os.close, data)
+            tracker = resource_tracker.getfd()
+            reduction.sendfds(client, [child_data, child_status, self._our_liveness, tracker, *descriptors])  # type: ignore[list-item]
+            ours.pop_all()
+        return status, data
+
+    def stop(self) -> None:
+        """End the server at once; it can be started again."""
+        self.is_ready = False
+        self.answer = None
+        if self._process is not None:
+            self._process.kill()
+            self._wait()
+        self._descriptors.close()
+
+    def _wait(self) -> int:
+        process, self._process = self._process, None
+        return 0 if process is None else process.wait()
+
+    def forget(self) -> None:
+        """Close a forked child's copies of the descriptors, and leave the process alone: it is the parent's."""
+        if self._process is not None:
+            self._process.returncode = 0  # or it would warn that it still runs
+            self._process = None
+        self.is_ready = False
+        self.answer = None
+        self._address = ""  # it is not to be unlinked here
+        self._descriptors.close()
+
+    def make_process(self, **arguments: Any) -> multiprocessing.context.ForkServerProcess:
+        """Make a process that this server will start; the arguments are those of `multiprocessing.Process`."""
+        return _ServedProcess(self, **arguments)
+
+    Process = make_process  # as a context of multiprocessing has it
+
+
+class _ServedProcess(multiprocessing.context.ForkServerProcess):
+    """A process that is started by a server of ours; on the other side it is an ordinary one."""
+
+    def __init__(self, server: ForkServer, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._server = server
+
+    def _Popen(self, process_obj: Any) -> Any:  # type: ignore[override]  # noqa: N802  # multiprocessing's name
+        return _Popen(process_obj, self._server)
+
+    def __reduce__(self) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_server"}
+        plain = multiprocessing.context.ForkServerProcess
+        return object.__new__, (plain,), state
+
+
+class _Popen(popen_forkserver.Popen):
+    def __init__(self, process_obj: Any, server: ForkServer) -> None:
+        self._server = server
+        super().__init__(process_obj)
+
+    def _launch(self, process_obj: Any) -> None:
+        """Do as multiprocessing does, with this server instead of its own."""
+        file = io.BytesIO()
+        multiprocessing.context.set_spawning_popen(self)
+        try:
+            reduction.dump(multiprocessing.spawn.get_preparation_data(process_obj._name), file)
+            reduction.dump(process_obj, file)
+        finally:
+            multiprocessing.context.set_spawning_popen(None)
+        self.sentinel, data = self._server.connect(self._fds)  # type: ignore[attr-defined]
+        parent_sentinel = os.dup(data)  # the new process takes its end for the end of this one
+        self.finalizer = util.Finalize(self, util.close_fds, (parent_sentinel, self.sentinel))  # type: ignore[attr-defined]
+        with open(data, "wb") as pipe:
+            pipe.write(file.getbuffer())
+        self.pid = read_signed(self.sentinel)
+
+
+def _unlink(address: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(address)
+
+
+def _forget_all() -> None:
+    for server in list(_live):
+        server.forget()
+    _live.clear()
+
+
+at_fork(after_in_child=_forget_all)

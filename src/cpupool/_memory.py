@@ -1,0 +1,90 @@
+"""Memory that a worker must not hold, and workers that the kernel has killed for want of it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import time
+from typing import TYPE_CHECKING
+
+from ._sizing import count_oom_kills
+
+if TYPE_CHECKING:
+    from ._crew import Crew
+    from ._dispatch import Dispatcher
+    from ._worker import Worker
+
+# Seconds between two looks at the workers that run a task.  One look costs about 20 microseconds a worker; memory grows
+# by 1 to 3 GB/s at most (the speed of page faults), so by some 50 MB meanwhile.
+SAMPLING_INTERVAL = 0.025
+
+# Seconds for which a counted kill explains a death: several processes may be killed at once, and are reaped one by one.
+_EXPLAINS_FOR = 1.0
+
+
+class MemoryGuard:
+    """Kills workers whose task holds more memory than a limit; all in the supervisor's thread."""
+
+    def __init__(self, limit: int | None, crew: Crew, dispatcher: Dispatcher[Worker]) -> None:
+        self._limit = limit
+        self._crew = crew
+        self._dispatcher = dispatcher
+        self._sampled = -math.inf
+
+    def next_deadline(self) -> float:
+        """Return when to look again: only while there is a limit and a task runs."""
+        if self._limit is None or not self._dispatcher.leases():
+            return math.inf
+        return self._sampled + SAMPLING_INTERVAL
+
+    def enforce_limit(self, now: float) -> None:
+        """Look at all workers that run a task, and kill those that hold too much."""
+        if self._limit is None or now < self._sampled + SAMPLING_INTERVAL:
+            return
+        self._sampled = now
+        for lease in self._dispatcher.leases():
+            worker = lease.worker
+            if worker is None or not worker.in_call:
+                continue
+            resident = _measure_resident(worker.process.pid)
+            if resident > self._limit and self._dispatcher.doom(lease):
+                worker.excess = resident, self._limit
+                self._crew.kill(worker)
+
+
+def _measure_resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError):
+        return 0  # it has ended
+
+
+class OomWitness:
+    """Tells kills by the kernel for want of memory from other SIGKILLs, by the count of them that the cgroup keeps."""
+
+    def __init__(self) -> None:
+        self._seen: int | None = None
+        self._unexplained = 0
+        self._counted_at = -math.inf
+
+    def look(self) -> None:
+        """Take note of kills so far, so that they explain no death to come."""
+        if not self._unexplained:
+            self._seen = count_oom_kills()
+
+    def was_oom_kill(self) -> bool | None:
+        """Return whether a worker that was just found killed was killed for that; None if nobody counts."""
+        count = count_oom_kills()
+        if count is None or self._seen is None:
+            self._seen = count
+            return None
+        now = time.monotonic()
+        if count > self._seen:
+            self._unexplained = count - self._seen
+            self._seen = count
+            self._counted_at = now
+        if not self._unexplained or now - self._counted_at > _EXPLAINS_FOR:
+            return False
+        self._unexplained -= 1
+        return True

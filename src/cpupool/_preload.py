@@ -1,0 +1,50 @@
+"""What runs in a pool's own fork server: import the modules to preload, once, then fork workers.
+
+The serving itself is multiprocessing's.  It runs in the server: stdlib and lower layers only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import sys
+
+from . import _roles, _settling
+from ._errors import encode_error
+from ._frames import Kind, encode_frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+
+def serve(listener: int, liveness: int, answer: int, modules: Sequence[str]) -> NoReturn:
+    """Import the modules, answer READY or ERROR to the pool, and fork workers until the pool's process is gone.
+
+    Args:
+        listener: a listening socket, to which multiprocessing connects for each new process.
+        liveness: as in `begin_life`.
+        answer: the write end of a pipe to the pool.
+        modules: their full names.
+    """
+    _roles.become_worker()
+    _settling.begin_life("", None, os.environ, liveness)
+    with open(answer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except BaseException as error:
+                pipe.write(encode_frame(Kind.ERROR, modules.index(module), encode_error(error)))
+                pipe.flush()
+                sys.exit(1)
+        from multiprocessing import forkserver
+
+        importlib.import_module(f"{__package__}._child")  # every worker needs it
+        gc.collect()
+        gc.freeze()  # the collector leaves alone what was imported: its pages stay shared
+        pipe.write(encode_frame(Kind.READY))
+    forkserver.main(listener, liveness, ())
+    sys.exit()  # it has done so already

@@ -1,0 +1,109 @@
+"""How one worker process after another is started, as the pool's settings say."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from . import _roles
+from ._sizing import measure_limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.context import BaseContext
+
+    from ._fork_server import ForkServer
+    from ._process import WorkerProcess
+    from ._settings import Settings
+
+
+class WorkerStarter:
+    """Starts workers; the supervisor's thread calls it.
+
+    It loads multiprocessing only there, when the first worker is started: that takes milliseconds.
+
+    Attributes:
+        max_workers: how many there may be at most.
+        server: the fork server that must be ready before; None if the pool needs none of its own.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        limits = measure_limits()
+        need = settings.hard_memory_per_child or settings.max_memory_per_child
+        self.max_workers = settings.max_workers or max(limits.suggest_workers(need), settings.min_workers or 0)
+        self._threads = max(limits.suggest_workers() // self.max_workers, 1)
+        self._context: BaseContext | ForkServer | None = None
+        self._numbers = itertools.count(1)
+        self.server: ForkServer | None = None
+
+    def prepare(self) -> None:
+        """Load what it needs; from then on `server` says whether there is to be one."""
+        if self._context is not None:
+            return
+        from ._process import get_context
+
+        if self._settings.preload:
+            get_context("forkserver")  # raises where there is none
+            from ._fork_server import ForkServer
+
+            self._context = self.server = ForkServer(self._settings.preload)
+        else:
+            self._context = get_context(self._settings.mp_context)
+
+    def start_server(self, server: ForkServer) -> int:
+        """Start the server; its imports go on, and their outcome can be read from the descriptor that is returned."""
+        return server.start(self._environment())
+
+    def __call__(self) -> WorkerProcess:
+        """Start a worker process."""
+        from ._child import Duties
+        from ._process import WorkerProcess
+
+        self.prepare()
+        settings = self._settings
+        duties = Duties(
+            settings.initializer,
+            settings.initargs,
+            settings.finalizer,
+            settings.serializer,
+            weighs_itself=settings.max_memory_per_child is not None,
+        )
+        name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
+        with _main_module_with_file():
+            return WorkerProcess(self._context, name, self._environment(), duties)  # type: ignore[arg-type]
+
+    def _environment(self) -> dict[str, str]:
+        """Return a worker's environment: the program's, and each numerical library's share of the CPUs."""
+        from ._settling import THREAD_LIMIT_VARIABLES
+
+        limits = dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads))
+        return {**limits, **os.environ, **(self._settings.env or {})}
+
+    def close(self) -> None:
+        """Stop the server, if there is one."""
+        if self.server is not None:
+            self.server.stop()
+
+
+_main_file: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
+
+
+@contextlib.contextmanager
+def _main_module_with_file() -> Iterator[None]:
+    """Let workers import the main module even when the program's script has ended and its exit handlers run.
+
+    Python deletes the module's `__file__` then, and multiprocessing takes it for one that cannot be imported.
+    """
+    main = sys.modules.get("__main__")
+    if main is None or _main_file is None or hasattr(main, "__file__"):
+        yield
+        return
+    main.__file__ = _main_file
+    try:
+        yield
+    finally:
+        del main.__file__

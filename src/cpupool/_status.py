@@ -1,0 +1,32 @@
+"""The status page: what pool and worker tell each other without a message, while a task runs and after a death.
+
+It is one file of memory that both sides hold; its cells are numbered below.  The worker writes which task it last
+picked up, so that the pool knows, whatever happened, whether a lost call had begun; which it last started, when its
+call was here as a whole; which it has last interrupted; and which it last finished.  It also writes how far it has come
+in its life, and, where there is a limit, how much memory it held after its last task.  The pool writes which task it
+has condemned, and then sends the interrupt signal.  Behind that page `faulthandler` appends Python stacks: at a crash,
+and at each interrupt, before the task feels it.
+
+It runs in the workers too: stdlib only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import signal
+
+STATUS_PAGE_SIZE = mmap.PAGESIZE
+
+# The cells, each a native unsigned 64-bit number.  The first five hold task ids.
+PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
+CELL_SIZE = 8
+
+# What STAGE holds: how far a worker has come.
+STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)
+
+# Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
+# often registered for one of them, and that would take the interrupt away.
+INTERRUPT_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+
+# What faulthandler writes begins with the second, at a crash with the first.
+CRASH_HEADING, STACK_HEADING = "Fatal Python error: ", "Stack (most recent call first):"
