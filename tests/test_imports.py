@@ -29,12 +29,16 @@ LAYERS = [
         "_settings",
         "_chunks",
         "_sizing",
+        "_checks",
+        "_status",
+        "_settling",
+        "_environment",
     },
-    {"_child", "_asyncio_waits", "_trio_waits"},
-    {"_process", "_lease", "_dispatch"},
-    {"_worker"},
+    {"_interrupts", "_child", "_preload", "_asyncio_waits", "_trio_waits"},
+    {"_process", "_fork_server", "_lease", "_dispatch"},
+    {"_worker", "_starting"},
     {"_crew"},
-    {"_births", "_stopping"},
+    {"_births", "_stopping", "_memory"},
     {"_supervisor"},
     {"_call", "_driver", "_executor"},
     {"_pool", "_default"},
@@ -122,4 +126,14 @@ def test_a_worker_of_this_suite_loads_the_least() -> None:
     with cpupool.CpuPool(1, mp_context="spawn") as pool:
         loaded = pool.run_sync(tasks.loaded_modules)
     engine = {name.removeprefix("cpupool.") for name in loaded if name.startswith("cpupool.")}
-    assert engine == {"_child", "_current", "_errors", "_frames", "_payload", "_roles"}
+    assert engine == {
+        "_child",
+        "_current",
+        "_errors",
+        "_frames",
+        "_interrupts",
+        "_payload",
+        "_roles",
+        "_settling",
+        "_status",
+    }

@@ -451,7 +451,7 @@ def test_c10_numerical_libraries_get_the_worker_s_share(method: str, run_script:
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import cpupool, tasks
-from cpupool._child import THREAD_LIMIT_VARIABLES
+from cpupool._settling import THREAD_LIMIT_VARIABLES
 
 AT_IMPORT = os.environ.get("OMP_NUM_THREADS")
 
@@ -497,7 +497,7 @@ async def main(method, where):
     usual = statistics.median(gaps)
     gaps.clear()
     if where == "on the loop":  # the control: what the supervisor's thread does, one at a time, done here
-        processes = [pool._supervisor._births._start() for _ in range(4)]
+        processes = [pool._supervisor._births._starter() for _ in range(4)]
     else:
         await pool.run(abs, -1)
     await asyncio.sleep(0.02)

@@ -3,16 +3,19 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _current _batches _roles _waiting _forking _settings _chunks _sizing
+    0  _frames _payload _errors _current _batches _roles _waiting _forking _checks _settings _environment _chunks
+       _sizing _status _settling
                           the wire, pickling, exceptions, the running task, several calls in one, roles of a process,
-                          waiting, forks, settings, cutting, limits
-    1  _child _asyncio_waits _trio_waits
-                          what runs in a worker; waiting in a task
-    2  _process _lease _dispatch
-                          one OS process; a call's claim on a worker; who gets which
-    3  _worker             one worker seen from the pool
+                          waiting, forks, checks of arguments, settings, those from the environment, cutting, limits,
+                          the page that pool and worker share, how a process becomes a worker
+    1  _interrupts _child _preload _asyncio_waits _trio_waits
+                          how a task is interrupted; what runs in a worker, and in a fork server; waiting in a task
+    2  _process _fork_server _lease _dispatch
+                          one OS process; where it may come from; a call's claim on a worker; who gets which
+    3  _worker _starting   one worker seen from the pool; starting one as the settings say
     4  _crew               the workers of a pool, and sleeping until one needs attention
-    5  _births _stopping   how workers become ready; how tasks are stopped
+    5  _births _stopping _memory
+                          how workers become ready; how tasks are stopped; memory that they must not hold
     6  _supervisor         the thread that does all that, and replaces and reaps
     7  _call _driver _executor
                           one call on its way; calls through concurrent.futures, and their thread
@@ -53,7 +56,9 @@ if TYPE_CHECKING:
     from ._pool import CpuPoolView as CpuPoolView
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
+    from ._sizing import suggest_workers as suggest_workers
     from ._sizing import usable_cpus as usable_cpus
+    from ._sizing import usable_memory as usable_memory
     from .executor import PoolExecutor as PoolExecutor
 
 __version__ = "0.1.0"
@@ -85,7 +90,9 @@ _HOMES = {
     "run": "_default",
     "run_sync": "_default",
     "split_text": "_chunks",
+    "suggest_workers": "_sizing",
     "usable_cpus": "_sizing",
+    "usable_memory": "_sizing",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # a list of str

@@ -232,7 +232,7 @@ class Births:
             return error
 
         self._dispatcher.remove(worker)
-        self._fail(make_error)
+        self._fail(make_error, worker)
 
     def report_overdue(self, worker: Worker) -> None:
         """Tell those who wait that it was not ready in time."""
@@ -247,14 +247,14 @@ class Births:
             f"a worker was not ready {timeout:g} s after its start (start_timeout), "
             "or closed its connection to the pool and went on"
         )
-        self._fail(lambda: PoolBroken(text))
+        self._fail(lambda: PoolBroken(text), worker)
 
     def _is_initializing(self, worker: Worker) -> bool:
         return self._settings.initializer is not None and worker.process.stage() == STAGE_INITIALIZING
 
     def _report_lost_initializer(self, worker: Worker, reason: str) -> None:
         name, pid = describe_callable(self._settings.initializer), worker.process.pid
-        self._fail(lambda: InitializerFailed(name, pid, reason))
+        self._fail(lambda: InitializerFailed(name, pid, reason), worker)
 
     def explain_death(self, worker: Worker) -> None:
         """Deal with the end of a worker that was not ready yet."""
@@ -283,13 +283,18 @@ class Births:
                 )
             if death.stack:
                 text += f"\n{death.stack}"
-        self._fail(lambda: PoolBroken(text))
+        self._fail(lambda: PoolBroken(text), worker)
 
-    def _fail(self, make_error: Callable[[], BaseException]) -> None:
-        self._failures += 1
+    def _fail(self, make_error: Callable[[], BaseException], worker: Worker | None = None) -> None:
+        """Note that a start has failed, and tell those who wait in vain."""
         self._last_error = make_error
-        self._again_at = time.monotonic() + min(FIRST_DELAY * 2 ** (self._failures - 1), LONGEST_DELAY)
+        if worker is None or worker.born >= self._again_at:  # else it was started together with one that has failed
+            self._put_off()
         self._dispatcher.fail_start(make_error)
+
+    def _put_off(self) -> None:
+        self._failures += 1
+        self._again_at = time.monotonic() + min(FIRST_DELAY * 2 ** (self._failures - 1), LONGEST_DELAY)
 
 
 def _vary(limit: int | None) -> int | None:

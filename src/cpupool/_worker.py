@@ -16,6 +16,7 @@ import enum
 import math
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,7 @@ class Worker:
 
     Attributes:
         process: its operating-system side.
+        born: when it was started, on the monotonic clock.
         state: see `State`.
         deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
@@ -102,6 +104,7 @@ class Worker:
         "_received",
         "_sent",
         "_state",
+        "born",
         "deadline",
         "excess",
         "heir",
@@ -117,6 +120,7 @@ class Worker:
         self, process: WorkerProcess, deadline: float, *, max_tasks: int | None = None, max_memory: int | None = None
     ) -> None:
         self.process = process
+        self.born = time.monotonic()
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
