@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import itertools
+import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -585,3 +589,86 @@ def import_and_spin(folder: str, name: str) -> None:
 
 def get_attribute(module: str, name: str) -> object:
     return getattr(sys.modules[module], name)
+
+
+def meet(barrier_folder: str, number: int) -> None:
+    """Return when as many processes have come here."""
+    folder = Path(barrier_folder)
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < number:
+        time.sleep(0.001)
+
+
+def fail_while(flag: str, count: str) -> None:
+    append_line(count)
+    if Path(flag).exists():
+        raise FileNotFoundError("no model")
+
+
+def wait_unless_first(count: str, fifo: str) -> None:
+    """An initializer that holds up all workers but the first."""
+    append_line(count)
+    if len(Path(count).read_text().split()) > 1:
+        open(fifo).close()
+
+
+leaked: list[bytearray] = []
+
+
+def leak(size: int) -> int:
+    leaked.append(bytearray(size))
+    return os.getpid()
+
+
+def hold_memory(size: int) -> None:
+    memory = bytearray(size)
+    spin_forever()
+    memory.clear()
+
+
+def start_child_and_spin(path: str) -> None:
+    child = subprocess.Popen(["sleep", "3600"])
+    with open(path, "w") as file:
+        file.write(str(child.pid))
+    spin_forever()
+
+
+def log_something() -> int:
+    logging.getLogger("tests").warning("from the worker")
+    return os.getpid()
+
+
+class Finalizer:
+    """Notes that it ran, with the process's id."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __call__(self) -> None:
+        append_line(self.path)
+
+
+def finalize_badly() -> NoReturn:
+    raise ValueError("the finalizer failed")
+
+
+def mixed(kind: int, number: int) -> int:
+    """For the chaos test: short and long, quiet and talkative, in C and in Python, failing and not."""
+    if kind == 0:
+        return number
+    if kind == 1:
+        busy(0.002)
+    elif kind == 2:
+        time.sleep(0.002)
+    elif kind == 3:
+        return len(bytes(200_000)) and number
+    elif kind == 4:
+        raise LookupError(number)
+    elif kind == 5:
+        collections.deque(itertools.repeat(0, 200_000), maxlen=0)
+    return number
+
+
+def get_preloaded_pid() -> int:
+    pid: int = sys.modules["preloaded"].pid
+    return pid

@@ -310,6 +310,54 @@ def test_a_closed_dispatcher_takes_no_call_but_serves_those_it_took() -> None:
     assert accepted.worker == "a"
 
 
+def test_a_successor_waits_until_the_outgoing_worker_has_left() -> None:
+    """Or more tasks than `max_workers` would run at once."""
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    dispatcher.replace("worker 0")
+    assert dispatcher.shortfall() == 1
+    waiting = enqueue(dispatcher)
+    dispatcher.expect("successor")
+    dispatcher.add_ready("successor")
+    assert waiting.is_waiting
+    assert not dispatcher.borrow_idle(Lease(0))
+    assert dispatcher.shortfall() == 0
+    assert dispatcher.give_back(lease) is False
+    assert dispatcher.take_over(lease) == "worker 0"
+    dispatcher.serve_queue()
+    assert waiting.worker == "successor"
+
+
+def test_a_worker_that_is_too_large_serves_until_its_successor_is_there() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    dispatcher.replace("worker 0")
+    assert dispatcher.give_back(lease)
+    assert dispatcher.take_replaced() == []
+    dispatcher.expect("successor")
+    assert dispatcher.give_back(borrow(dispatcher))
+    assert dispatcher.take_replaced() == []
+    dispatcher.add_ready("successor")
+    assert dispatcher.take_replaced() == ["worker 0"]
+    assert dispatcher.counts() == (0, 1, 0, 0)
+    assert dispatcher.take_replaced() == []
+
+
+def test_workers_that_were_idle_too_long_leave_but_some_stay() -> None:
+    dispatcher = ready_dispatcher(4)
+    busy = borrow(dispatcher)
+    since = time.monotonic()
+    assert since + 9 < dispatcher.next_surplus(since, 10, 2) <= since + 10
+    assert dispatcher.take_surplus(since + 9, 10, 2) == []
+    assert dispatcher.take_surplus(since + 10, 10, 2) == ["worker 0", "worker 1"], "those that were idle longest"
+    assert dispatcher.next_surplus(since, 10, 2) == math.inf
+    assert dispatcher.shortfall() == 0, "they are not missed"
+    for _ in range(3):
+        enqueue(dispatcher) if not dispatcher.borrow_idle(Lease(0)) else None
+    assert dispatcher.shortfall() == 2, "until they are needed"
+    assert dispatcher.give_back(busy)
+
+
 class DispatcherMachine(RuleBasedStateMachine):
     """Random histories of calls, births and deaths against a model that keeps only sets."""
 
@@ -323,6 +371,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.deadlines: dict[int, int] = {}
         self.now = 0
         self.alive: set[str] = set()
+        self.outgoing: set[str] = set()
 
     def _collect(self) -> None:
         """Note who was served: always the first of those who wait."""
@@ -368,9 +417,48 @@ class DispatcherMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
-        lease = self.lent.pop(data.draw(st.sampled_from(sorted(self.lent))))
-        assert self.dispatcher.give_back(lease) is True
-        assert lease.worker is None
+        worker = data.draw(st.sampled_from(sorted(self.lent)))
+        lease = self.lent.pop(worker)
+        if self.dispatcher.give_back(lease):
+            assert lease.worker is None
+        else:
+            assert worker in self.outgoing
+            assert self._idle() - self.outgoing, "it leaves because its successor is there"
+            self._leave(worker)
+            assert self.dispatcher.take_over(lease) == worker
+            self.dispatcher.serve_queue()
+        self._collect()
+
+    def _idle(self) -> set[str]:
+        return self.alive - self.expected - self.lent.keys() - self.doomed
+
+    def _leave(self, worker: str) -> None:
+        for each in (self.alive, self.expected, self.doomed, self.outgoing):
+            each.discard(worker)
+
+    @precondition(lambda self: self.alive - self.doomed)
+    @rule(data=st.data())
+    def replace(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.alive - self.doomed)))
+        self.dispatcher.replace(worker)
+        self.outgoing.add(worker)
+        assert self.dispatcher.is_outgoing(worker)
+
+    @rule()
+    def dismiss_replaced(self) -> None:
+        before = self._idle()
+        for worker in self.dispatcher.take_replaced():
+            assert worker in before & self.outgoing
+            self._leave(worker)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def run_last_task(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.lent)))
+        self.dispatcher.replace(worker)
+        assert self.dispatcher.take_over(self.lent.pop(worker)) == worker
+        self._leave(worker)
+        self.dispatcher.serve_queue()
         self._collect()
 
     @precondition(lambda self: self.lent)
@@ -379,6 +467,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.lent)))
         assert self.dispatcher.take_over(self.lent.pop(worker), expected=True) == worker
         self.expected.add(worker)
+        self.dispatcher.serve_queue()
+        self._collect()
 
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
@@ -420,22 +510,25 @@ class DispatcherMachine(RuleBasedStateMachine):
         if (lease := self.lent.pop(worker, None)) is not None:
             assert self.dispatcher.give_back(lease) is False
             assert self.dispatcher.take_over(lease) == worker
-        for each in (self.alive, self.expected, self.doomed):
-            each.discard(worker)
+        self._leave(worker)
+        self.dispatcher.serve_queue()
+        self._collect()
 
     @invariant()
     def every_worker_is_in_one_place(self) -> None:
         busy = len(self.lent) + len(self.doomed)
         idle = len(self.alive) - len(self.expected) - busy
         assert self.dispatcher.counts() == (len(self.expected), idle, busy, len(self.waiting))
-        assert len(self.alive) <= 3
+        assert len(self.alive - self.outgoing) <= 3
+        assert busy <= 3
 
     @invariant()
     def nobody_waits_while_a_worker_is_idle_or_missing(self) -> None:
         if self.waiting:
-            busy = len(self.lent) + len(self.doomed)
-            assert len(self.alive) == len(self.expected) + busy
-            assert len(self.alive) + self.dispatcher.shortfall() >= min(3, busy + len(self.waiting))
+            busy = self.lent.keys() | self.doomed
+            assert not self._idle() or len(busy) == 3
+            staying = self.alive - self.outgoing
+            assert len(staying) + self.dispatcher.shortfall() >= min(3, len(busy & staying) + len(self.waiting))
 
 
 TestDispatcher = DispatcherMachine.TestCase

@@ -258,7 +258,7 @@ class Births:
 
     def explain_death(self, worker: Worker) -> None:
         """Deal with the end of a worker that was not ready yet."""
-        death = worker.death(self._witness.was_oom_kill)
+        death = worker.death()
         self._deaths += 1
         if death.signal is not None and self._deaths < MAX_START_DEATHS:
             return  # the next look at the dispatcher starts another

@@ -41,8 +41,10 @@ class MemoryGuard:
         """Look at all workers that run a task, and kill those that hold too much."""
         if self._limit is None or now < self._sampled + SAMPLING_INTERVAL:
             return
-        self._sampled = now
-        for lease in self._dispatcher.leases():
+        leases = self._dispatcher.leases()
+        if leases:
+            self._sampled = now
+        for lease in leases:
             worker = lease.worker
             if worker is None or not worker.in_call:
                 continue

@@ -285,6 +285,8 @@ class Supervisor:
 
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
+        if worker.was_killed_by_others:
+            worker.oom = self._oom_witness.was_oom_kill()  # now: the next start forgets what was counted so far
         worker.state = State.ENDED
         worker.deadline = math.inf
         self._crew.unwatch_channel(worker)
@@ -299,7 +301,7 @@ class Supervisor:
         self._crew.workers.discard(worker)
         heir, worker.heir = worker.heir, None
         if heir is not None:
-            heir.settle(worker.death(self._oom_witness.was_oom_kill))
+            heir.settle(worker.death())
         worker.process.close()
 
     # --- the end ---

@@ -24,8 +24,6 @@ from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
 from ._status import CRASH_HEADING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._frames import Frame
     from ._process import WorkerProcess
     from ._waiting import Ticket, Waits
@@ -91,6 +89,7 @@ class Worker:
         state: see `State`.
         deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
+        oom: True if the kernel has killed it for want of memory; None if that cannot be known.
         excess: the bytes of memory for which the pool has killed it, and how many it was allowed; or None.
         heir: settled with its `Death` for the call that lost it.
         tasks_left: how many it may still be given.
@@ -110,6 +109,7 @@ class Worker:
         "heir",
         "in_call",
         "max_memory",
+        "oom",
         "process",
         "tasks_left",
         "unsent",
@@ -124,6 +124,7 @@ class Worker:
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
+        self.oom: bool | None = False
         self.excess: tuple[int, int] | None = None
         self.tasks_left: float = math.inf if max_tasks is None else max_tasks
         self.max_memory = max_memory
@@ -235,11 +236,15 @@ class Worker:
         except OSError:
             pass  # ended already
 
-    def death(self, was_oom_killed: Callable[[], bool | None]) -> Death:
-        """Describe how the ended process ended; `was_oom_killed` is asked if it may have been."""
+    @property
+    def was_killed_by_others(self) -> bool:
+        """True if its process has ended by a SIGKILL, and not the pool's."""
+        return not self.was_killed and self.process.poll() == -signal.SIGKILL
+
+    def death(self) -> Death:
+        """Describe how the ended process ended."""
         status = self.process.poll()
         died_of_signal = status is not None and status < 0
-        killed_by_others = status == -signal.SIGKILL and not self.was_killed
         return Death(
             pid=self.process.pid,
             exitcode=None if died_of_signal else status,
@@ -247,6 +252,6 @@ class Worker:
             stack=self.process.take_stack(),
             last_task_id=self.process.last_task_id(),
             by_pool=self.was_killed and self.excess is None,
-            oom=was_oom_killed() if killed_by_others else self.excess is not None,
+            oom=True if self.excess is not None else self.oom,
             excess=self.excess,
         )
