@@ -66,27 +66,27 @@ class OomWitness:
     """Tells kills by the kernel for want of memory from other SIGKILLs, by the count of them that the cgroup keeps."""
 
     def __init__(self) -> None:
-        self._seen: int | None = None
+        self._count: int | None = None
         self._unexplained = 0
-        self._counted_at = -math.inf
+        self._grown_at = -math.inf
 
     def look(self) -> None:
-        """Take note of kills so far, so that they explain no death to come."""
-        if not self._unexplained:
-            self._seen = count_oom_kills()
+        """Count again.  What is counted now explains deaths that are noticed in the next moments, and none later."""
+        count = count_oom_kills()
+        now = time.monotonic()
+        if now - self._grown_at > _EXPLAINS_FOR:
+            self._unexplained = 0
+        if count is not None and self._count is not None and count > self._count:
+            self._unexplained += count - self._count
+            self._grown_at = now
+        self._count = count
 
     def was_oom_kill(self) -> bool | None:
         """Return whether a worker that was just found killed was killed for that; None if nobody counts."""
-        count = count_oom_kills()
-        if count is None or self._seen is None:
-            self._seen = count
+        self.look()
+        if self._count is None:
             return None
-        now = time.monotonic()
-        if count > self._seen:
-            self._unexplained = count - self._seen
-            self._seen = count
-            self._counted_at = now
-        if not self._unexplained or now - self._counted_at > _EXPLAINS_FOR:
+        if not self._unexplained:
             return False
         self._unexplained -= 1
         return True

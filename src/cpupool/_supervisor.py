@@ -286,7 +286,7 @@ class Supervisor:
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
         if worker.was_killed_by_others:
-            worker.oom = self._oom_witness.was_oom_kill()  # now: the next start forgets what was counted so far
+            worker.oom = self._oom_witness.was_oom_kill()
         worker.state = State.ENDED
         worker.deadline = math.inf
         self._crew.unwatch_channel(worker)
