@@ -9,7 +9,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: help demo test test-slow test-all-pythons test-lowest lint format type mypy verify-types docs bench clean
+.PHONY: help demo test test-slow chaos test-all-pythons test-lowest lint format type mypy verify-types docs bench clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-25s%s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ test: $(VENV)/.for-test  ## run the tests, all but the slow ones; ARGS="..." goe
 
 test-slow: $(VENV)/.for-test  ## run the slow tests
 	$(PYTEST) -m slow $(ARGS)
+
+chaos: $(VENV)/.for-test  ## kill workers at random for some minutes, and see that no call is lost
+	CPUPOOL_CHAOS_CALLS=50000 $(PYTEST) -s tests/test_chaos.py $(ARGS)
 
 test-all-pythons: $(DEV)/.for-all  ## run the tests on each of Python 3.11, 3.12 and 3.13 that is here
 	$(DEV)/bin/nox -s tests

@@ -657,9 +657,9 @@ def mixed(kind: int, number: int) -> int:
     if kind == 0:
         return number
     if kind == 1:
-        busy(0.002)
+        busy(0.01)
     elif kind == 2:
-        time.sleep(0.002)
+        time.sleep(number % 100 / 1000)
     elif kind == 3:
         return len(bytes(200_000)) and number
     elif kind == 4:

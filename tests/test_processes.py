@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -62,6 +63,89 @@ def test_c1_nothing_outlives_a_killed_parent(method: str, state: str, tmp_path: 
         assert len(descendants) >= 1
         parent.kill()
         wait_until_gone(*descendants, seconds=1)
+
+
+BEGINNING_PARENT = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool, tasks
+
+method, state, path = sys.argv[1:]
+if __name__ != "__main__" and state == "importing":
+    tasks.write_pid_and_sleep(path)
+if __name__ == "__main__":
+    settings = {"mp_context": method}
+    if state == "initializing":
+        settings |= {"initializer": tasks.write_pid_and_sleep, "initargs": (path,)}
+    if state == "preloading":
+        settings |= {"preload": ("hanging",)}
+    pool = cpupool.CpuPool(2, **settings)
+    pool.run_sync(tasks.start_child_and_spin, path)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        ("forkserver", "preloading"),
+        *((method, "importing") for method in ("forkserver", "spawn")),
+        *((method, state) for method in START_METHODS for state in ("initializing", "child of a task")),
+    ],
+)
+def test_c1_nothing_outlives_a_parent_killed_at_the_beginning(method: str, state: str, tmp_path: Path) -> None:
+    path, script = tmp_path / "pid", tmp_path / "script.py"
+    script.write_text(BEGINNING_PARENT)
+    (tmp_path / "hanging.py").write_text(f"import tasks; tasks.write_pid_and_sleep({str(path)!r})")
+    command = [sys.executable, str(script), method, state, str(path)]
+    with subprocess.Popen(command, env=environment()) as parent:
+        deadline = time.monotonic() + 20
+        while not (path.exists() and path.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        descendants = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
+        assert int(path.read_text()) in descendants
+        parent.kill()
+        wait_until_gone(*descendants, seconds=1)
+
+
+def _marked(mark: str) -> list[int]:
+    """Return the processes that have inherited an environment with this mark."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize("settings", ["mp_context='forkserver'", "mp_context='spawn'", "preload=('json.tool',)"])
+def test_c1_nothing_outlives_a_parent_killed_at_any_moment_of_its_start(settings: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import cpupool, tasks
+if __name__ == "__main__":
+    pool = cpupool.CpuPool(2, {settings})
+    print("begins", flush=True)
+    with pool:
+        tasks.sleep_long()
+""")
+    for number in range(12):
+        mark = f"CPUPOOL_TEST_MARK={os.getpid()}-{number}"
+        command = [sys.executable, str(script)]
+        with subprocess.Popen(
+            command,
+            env=environment(CPUPOOL_TEST_MARK=mark.partition("=")[2]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # who loses its parent in the first instant may say so
+        ) as parent:
+            assert parent.stdout is not None
+            parent.stdout.readline()
+            time.sleep(number * 0.012)  # to spread the kills over the start
+            parent.kill()
+        deadline = time.monotonic() + 1
+        while _marked(mark):
+            assert time.monotonic() < deadline, f"left behind after {number * 12} ms: {_marked(mark)}"
+            time.sleep(0.01)
 
 
 # --- C3: the program just ends ---

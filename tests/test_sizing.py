@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 import cpupool
 from conftest import environment
-from cpupool._sizing import Limits, measure_limits
+from cpupool._sizing import Limits, count_oom_kills, measure_limits
 
 
 def _tree(root: Path, files: dict[str, str]) -> Path:
@@ -133,3 +135,81 @@ def test_a_bad_variable_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CPUPOOL_MAX_WORKERS", text)
     with pytest.raises(ValueError, match="CPUPOOL_MAX_WORKERS must be a whole number of at least 1"):
         cpupool.usable_cpus()
+
+
+@pytest.mark.parametrize(
+    ("memory", "limit", "usable"), [(None, None, None), (1000, None, 1000), (1000, 400, 400), (None, 400, 400)]
+)
+def test_usable_memory_is_the_least(memory: int | None, limit: int | None, usable: int | None) -> None:
+    assert Limits(8, 8, None, None, memory, limit).usable_memory == usable
+
+
+def test_usable_memory_of_this_machine_is_plausible() -> None:
+    memory = cpupool.usable_memory()
+    assert memory is not None
+    assert 100_000_000 < memory <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("limits", "need", "suggested"),
+    [
+        pytest.param({}, None, 8, id="CPUs alone"),
+        pytest.param({"memory": 1000}, 100, 8, id="memory for all"),
+        pytest.param({"memory": 1000}, 300, 3, id="900 // 300"),
+        pytest.param({"memory": 1000, "memory_limit": 500}, 200, 2, id="450 // 200"),
+        pytest.param({"memory": 1000}, 5000, 1, id="one at least"),
+        pytest.param({}, 300, 8, id="memory not known"),
+        pytest.param({"quota": 2.5}, None, 3, id="quota, rounded up"),
+        pytest.param({"siblings": 3}, None, 2, id="8 // 3"),
+        pytest.param({"siblings": 16}, None, 1, id="one at least for each"),
+        pytest.param({"siblings": 2, "configured": 3}, None, 3, id="the user's limit is for each process"),
+        pytest.param({"siblings": 2, "memory": 1000}, 100, 4, id="memory is shared too"),
+    ],
+)
+def test_suggest_workers(limits: dict[str, Any], need: int | None, suggested: int) -> None:
+    facts = {"cpus": 8, "affinity": 8, "quota": None, "configured": None, "memory": None, "memory_limit": None}
+    assert Limits(**{**facts, **limits}).suggest_workers(need) == suggested
+
+
+def test_c13_each_of_several_servers_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = cpupool.usable_cpus()
+    monkeypatch.setenv("WEB_CONCURRENCY", str(cpus))
+    assert cpupool.suggest_workers() == cpupool.CpuPool().max_workers == 1
+    assert cpupool.usable_cpus() == cpus
+    assert cpupool.CpuPool(3).max_workers == 3
+    monkeypatch.setenv("WEB_CONCURRENCY", "")
+    assert cpupool.CpuPool().max_workers == cpus
+    monkeypatch.setenv("WEB_CONCURRENCY", "two")
+    with pytest.raises(ValueError, match="WEB_CONCURRENCY must be a whole number"):
+        cpupool.CpuPool()
+
+
+def test_a_memory_limit_for_workers_limits_their_number() -> None:
+    memory = cpupool.usable_memory()
+    assert memory is not None
+    assert cpupool.CpuPool(max_memory_per_child=memory).max_workers == 1
+    assert cpupool.CpuPool(hard_memory_per_child=memory).max_workers == 1
+    assert cpupool.CpuPool(5, hard_memory_per_child=memory).max_workers == 5
+
+
+def test_the_least_number_of_workers_may_exceed_the_suggested_most() -> None:
+    assert cpupool.CpuPool(min_workers=100).max_workers == 100
+
+
+@pytest.mark.parametrize("need", [0, -1, 1.5, "1G"])
+def test_a_bad_need_is_refused(need: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="memory_per_worker must be"):
+        cpupool.suggest_workers(need)
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/a/b/memory.events": "low 0\noom 4\noom_kill 3\n"}, 3),
+        ({"proc/self/cgroup": V1, "sys/fs/cgroup/memory/a/b/memory.oom_control": "under_oom 0\noom_kill 2\n"}, 2),
+        ({"proc/self/cgroup": V1, "sys/fs/cgroup/memory/a/b/memory.oom_control": "under_oom 0\n"}, None),
+    ],
+)
+def test_kills_for_want_of_memory_are_counted(files: dict[str, str], count: int | None, tmp_path: Path) -> None:
+    assert count_oom_kills(_tree(tmp_path, files)) == count
