@@ -54,6 +54,7 @@ docs: $(DEV)/.for-all  ## build the documentation in docs/_build/html; any warni
 bench: $(DEV)/.for-all  ## measure
 	$(DEV)/bin/python benchmarks/round_trip.py $(ARGS)
 	$(DEV)/bin/python benchmarks/stopping.py
+	$(DEV)/bin/python benchmarks/lives.py
 
 clean:  ## remove all that was installed and built
 	rm -rf .venv .venv-dev .nox build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

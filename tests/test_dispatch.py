@@ -323,9 +323,23 @@ def test_a_successor_waits_until_the_outgoing_worker_has_left() -> None:
     assert not dispatcher.borrow_idle(Lease(0))
     assert dispatcher.shortfall() == 0
     assert dispatcher.give_back(lease) is False
-    assert dispatcher.take_over(lease) == "worker 0"
-    dispatcher.serve_queue()
+    dispatcher.retire(lease)
     assert waiting.worker == "successor"
+    dispatcher.retire(lease)
+    assert dispatcher.take_over(lease) == "worker 0"
+    assert dispatcher.counts() == (0, 0, 1, 0)
+
+
+def test_a_spare_offered_to_one_who_has_gone_serves_the_next() -> None:
+    dispatcher = ready_dispatcher(1)
+    lease = borrow(dispatcher)
+    dispatcher.replace("worker 0")
+    dispatcher.expect("successor")
+    dispatcher.add_ready("successor")
+    lost, next_one = enqueue(dispatcher, Ticket(None, lambda _: False)), enqueue(dispatcher)
+    dispatcher.retire(lease)
+    assert lost.worker is None
+    assert next_one.worker == "successor"
 
 
 def test_a_worker_that_is_too_large_serves_until_its_successor_is_there() -> None:
@@ -424,10 +438,16 @@ class DispatcherMachine(RuleBasedStateMachine):
         else:
             assert worker in self.outgoing
             assert self._idle() - self.outgoing, "it leaves because its successor is there"
-            self._leave(worker)
-            assert self.dispatcher.take_over(lease) == worker
-            self.dispatcher.serve_queue()
+            self._retire(worker, lease)
         self._collect()
+
+    def _retire(self, worker: str, lease: Lease[str]) -> None:
+        self.dispatcher.retire(lease)
+        self._leave(worker)
+        self._collect()
+        self.every_worker_is_in_one_place()
+        self.nobody_waits_while_a_worker_is_idle_or_missing()
+        assert self.dispatcher.take_over(lease) == worker
 
     def _idle(self) -> set[str]:
         return self.alive - self.expected - self.lent.keys() - self.doomed
@@ -442,7 +462,6 @@ class DispatcherMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.alive - self.doomed)))
         self.dispatcher.replace(worker)
         self.outgoing.add(worker)
-        assert self.dispatcher.is_outgoing(worker)
 
     @rule()
     def dismiss_replaced(self) -> None:
@@ -456,10 +475,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def run_last_task(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.lent)))
         self.dispatcher.replace(worker)
-        assert self.dispatcher.take_over(self.lent.pop(worker)) == worker
-        self._leave(worker)
-        self.dispatcher.serve_queue()
-        self._collect()
+        self._retire(worker, self.lent.pop(worker))
 
     @precondition(lambda self: self.lent)
     @rule(data=st.data())

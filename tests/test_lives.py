@@ -118,6 +118,42 @@ limit = os.environ["OMP_NUM_THREADS"]
     wait_until_gone(server, seconds=1)
 
 
+@pytest.mark.parametrize("form", ["file", "module"])
+def test_the_main_module_can_be_preloaded(form: str, run_script: RunScript, tmp_path: Path) -> None:
+    """It is imported once, in the server, and not again in each worker."""
+    (tmp_path / "program.py").write_text("""
+import os, sys
+import cpupool
+
+with open("imports", "a") as file:
+    file.write(f"{__name__} {sys.argv[1:]}\\n")
+
+def double(number):
+    return 2 * number
+
+if __name__ == "__main__":
+    with cpupool.CpuPool(2, preload=("__main__", "json"), max_tasks_per_child=1) as pool:
+        print([pool.run_sync(double, number) for number in range(4)])
+""")
+    arguments = ["program.py"] if form == "file" else ["-m", "program"]
+    done = run_script(
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, *{arguments!r}, 'argument']))"
+    )
+    assert (done.stdout, done.stderr) == ("[0, 2, 4, 6]\n", "")
+    assert (tmp_path / "imports").read_text() == "__main__ ['argument']\n__mp_main__ ['argument']\n"
+
+
+def test_a_preloaded_main_module_without_a_guard_is_one_clear_error(run_script: RunScript) -> None:
+    done = run_script("""
+import cpupool
+with cpupool.CpuPool(2, preload=("__main__",)) as pool:
+    pool.run_sync(abs, -1)
+""")
+    assert done.returncode == 1
+    assert "if __name__ == '__main__':" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(("cpupool.PoolBroken", "if", "so that importing", "    "))
+
+
 async def test_a_module_that_cannot_be_preloaded_is_named(module_folder: Path) -> None:
     (module_folder / "broken.py").write_text("import no_such_module")
     pool = CpuPool(1, preload=("json", "broken"))

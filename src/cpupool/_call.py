@@ -111,6 +111,7 @@ class Call:
             if worker.max_memory is not None and worker.is_too_large:
                 supervisor.post(dispatcher.replace, worker)
             if not worker.tasks_left or not dispatcher.give_back(lease):
+                dispatcher.retire(lease)
                 supervisor.post(supervisor.take_back, lease)
         except BaseException:
             _give_up(lease, supervisor)

@@ -205,6 +205,40 @@ class Dispatcher(Generic[W]):
                 return True
             lease = heir
 
+    def retire(self, lease: Lease[W]) -> None:
+        """Give a place free without its worker, which the lease keeps: the first in the queue gets a spare one."""
+        try:
+            self._retire(lease)
+        except BaseException:  # as in `give_back`
+            self._retire(lease)
+            raise
+
+    def _retire(self, lease: Lease[W]) -> None:
+        with self._lock:
+            heir = lease.heir
+            if heir is None:
+                worker = lease.worker
+                if worker is None or self._lent.get(worker) is not lease:
+                    return  # it has died, or is about to be killed; or this was done before
+                while self._queue and self._queue[0].is_expired:
+                    del self._queue[0]
+                if self._queue and self._idle:
+                    heir = self._queue[0]
+                    spare = self._idle[-1]
+                    heir.worker = spare
+                    self._lent[spare] = lease.heir = heir
+                    del self._idle[-1]
+                    del self._queue[0]
+                del self._lent[worker]
+                self._outgoing.discard(worker)
+        if heir is None:
+            return
+        ticket = heir.ticket
+        is_taken = ticket is not None and ticket.settle()
+        lease.heir = None
+        if not is_taken:
+            self.give_back(heir)
+
     # --- supervisor ---
 
     def take_over(self, lease: Lease[W], *, expected: bool = False) -> W | None:
@@ -330,10 +364,6 @@ class Dispatcher(Generic[W]):
         with self._lock:
             if worker in self._expected or worker in self._lent or worker in self._idle:
                 self._outgoing.add(worker)
-
-    def is_outgoing(self, worker: W) -> bool:
-        with self._lock:
-            return worker in self._outgoing
 
     def take_replaced(self) -> list[W]:
         """Take those idle workers out that have a successor."""

@@ -91,7 +91,10 @@ class ForkServer:
         self._decoder = FrameDecoder()
         orders = theirs.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
         pickle.dump(sys.path, orders)
-        pickle.dump(functools.partial(_preload.serve, listener.fileno(), liveness, their_answer, self._preload), orders)
+        preparation = multiprocessing.spawn.get_preparation_data("cpupool-fork-server")
+        del preparation["authkey"]  # the workers' own
+        serve = functools.partial(_preload.serve, listener.fileno(), liveness, their_answer, self._preload, preparation)
+        pickle.dump(serve, orders)
         orders.seek(0)
         executable = os.fsdecode(multiprocessing.spawn.get_executable())
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]

@@ -53,7 +53,9 @@ class CpuPool:
         finalizer: called as `finalizer()` in each worker that leaves in peace: it is replaced, not needed any more, or
             the pool closes.  It has `grace` seconds.  A worker that is killed does not come to it.
         preload: full names of modules that are imported once, in a fork server of this pool's own; workers then start
-            in milliseconds, and share that memory.  The modules must not start threads when they are imported.
+            in milliseconds, and share that memory.  "__main__" is the program's main module, which otherwise every
+            worker imports by itself.  The modules must not start threads or open connections when they are imported:
+            the workers would have copies of them.
         env: environment variables for the workers only, on top of the program's.
         start_timeout: seconds after which a worker that is not ready is killed.
         min_workers: how many workers stay, however long they have nothing to do; by default none need to.

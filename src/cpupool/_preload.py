@@ -18,30 +18,40 @@ from ._frames import Kind, encode_frame
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
+
+MAIN = "__main__"
 
 
-def serve(listener: int, liveness: int, answer: int, modules: Sequence[str]) -> NoReturn:
+def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], preparation: dict[str, Any]) -> NoReturn:
     """Import the modules, answer READY or ERROR to the pool, and fork workers until the pool's process is gone.
 
     Args:
         listener: a listening socket, to which multiprocessing connects for each new process.
         liveness: as in `begin_life`.
         answer: the write end of a pipe to the pool.
-        modules: their full names.
+        modules: their full names; "__main__" stands for the program's main module.
+        preparation: what multiprocessing makes of itself in a new process, and where that module is.
     """
-    _roles.become_worker()
-    _settling.begin_life("", None, os.environ, liveness)
-    with open(answer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
-        for module in modules:
-            try:
-                importlib.import_module(module)
-            except BaseException as error:
-                pipe.write(encode_frame(Kind.ERROR, modules.index(module), encode_error(error)))
-                pipe.flush()
-                sys.exit(1)
-        from multiprocessing import forkserver
+    from multiprocessing import forkserver, process, spawn
 
+    _settling.begin_life("", None, os.environ, liveness)
+    if MAIN not in modules:
+        preparation = {name: value for name, value in preparation.items() if not name.startswith("init_main_from_")}
+    with open(answer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+        module = MAIN
+        try:
+            process.current_process()._inheriting = True  # type: ignore[attr-defined]  # as in its own new processes
+            spawn.prepare(preparation)
+            del process.current_process()._inheriting  # type: ignore[attr-defined]
+            _roles.become_worker()
+            for module in modules:
+                importlib.import_module(module)
+        except BaseException as error:
+            position = modules.index(module) if module in modules else 0
+            pipe.write(encode_frame(Kind.ERROR, position, encode_error(error)))
+            pipe.flush()
+            sys.exit(1)
         importlib.import_module(f"{__package__}._child")  # every worker needs it
         gc.collect()
         gc.freeze()  # the collector leaves alone what was imported: its pages stay shared

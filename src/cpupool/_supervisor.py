@@ -147,13 +147,9 @@ class Supervisor:
             self.bury(lease, None)
         elif worker.in_call:
             self._stopping.recover(lease)
-        elif worker.tasks_left and self.dispatcher.give_back(lease):
-            pass
-        elif not worker.tasks_left or self.dispatcher.is_outgoing(worker):
+        elif not worker.tasks_left or not self.dispatcher.give_back(lease):
             self.dispatcher.take_over(lease)
-            self._send_home(worker)
-        else:
-            self.bury(lease, None)
+            self._send_home(worker)  # its last task is done, or its successor there
 
     def bury(self, lease: Lease[Worker], heir: Ticket | None) -> None:
         """Take over a worker that its call has lost, and tell `heir` how it ended; without an heir, kill it."""
