@@ -16,7 +16,7 @@ def diagnose() -> list[tuple[str, str]]:
     """Return subjects and findings."""
     limits = measure_limits()
     return [
-        ("workers", f"{limits.usable_cpus} by default: {_why(limits)}"),
+        ("workers", f"{limits.suggest_workers()} by default: {_why(limits)}"),
         ("CPUs", str(limits.cpus)),
         ("affinity", f"{limits.affinity} of them may be used by this process"),
         ("cgroup quota", "none" if limits.quota is None else f"{limits.quota:g} CPUs"),
@@ -37,6 +37,9 @@ def _why(limits: Limits) -> str:
         "the cgroup's CPU quota, rounded up": limits.quota,
         "the CPUs this process may run on": limits.affinity,
     }
+    if limits.siblings > 1:
+        share = max(limits.allowed_cpus // limits.siblings, 1)
+        reasons[f"this process's share, one of {limits.siblings} (WEB_CONCURRENCY)"] = share
     return min((value, reason) for reason, value in reasons.items() if value is not None)[1]
 
 

@@ -48,21 +48,21 @@ class Limits:
 
     @property
     def usable_cpus(self) -> int:
-        return self._at_most_configured(self._allowed_cpus)
+        return self._at_most_configured(self.allowed_cpus)
 
     @property
     def usable_memory(self) -> int | None:
         return min((each for each in (self.memory, self.memory_limit) if each is not None), default=None)
 
     def suggest_workers(self, memory_per_worker: int | None = None) -> int:
-        workers = self._at_most_configured(self._allowed_cpus // self.siblings)
+        workers = self._at_most_configured(self.allowed_cpus // self.siblings)
         if memory_per_worker is not None and self.usable_memory is not None:
             share = self.usable_memory * MEMORY_SHARE / self.siblings
             workers = min(workers, int(share // memory_per_worker))
         return max(workers, 1)
 
     @property
-    def _allowed_cpus(self) -> int:
+    def allowed_cpus(self) -> int:
         return self.affinity if self.quota is None else min(self.affinity, math.ceil(self.quota))
 
     def _at_most_configured(self, number: int) -> int:
