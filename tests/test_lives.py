@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,28 @@ async def test_a_preload_that_hangs_is_killed_after_start_timeout(module_folder:
     with pytest.raises(PoolBroken, match="took longer than start_timeout"):
         await pool.run(tasks.add, 1)
     wait_until_gone(int(pid.read_text()))
+    await pool.aclose()
+
+
+async def test_a_preload_that_hangs_is_killed_though_nobody_waits_any_more(module_folder: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (module_folder / "hanging.py").write_text(f"import tasks; tasks.write_pid_and_sleep({str(pid)!r})")
+    pool = CpuPool(1, preload=("hanging",), start_timeout=1)
+    with anyio.move_on_after(0.5):
+        await pool.run(tasks.add, 1)
+    await until(pid.exists)
+    pool._dispatcher._wanted = 0  # as after idle workers have left
+    await anyio.to_thread.run_sync(wait_until_gone, int(pid.read_text()))
+    supervisor = next(each for each in threading.enumerate() if each.name == "CpuPool-supervisor")
+    status = Path(f"/proc/self/task/{supervisor.native_id}/status")
+
+    def count_switches() -> list[str]:
+        return [line for line in status.read_text().splitlines() if "ctxt_switches" in line]
+
+    await anyio.sleep(0.1)
+    before = count_switches()
+    await anyio.sleep(0.3)
+    assert count_switches() == before, "the pool's thread sleeps"
     await pool.aclose()
 
 

@@ -48,7 +48,7 @@ class Births:
     """Starts the workers of a crew that the dispatcher misses; all in the supervisor's thread.
 
     Attributes:
-        stopped: True once no worker is to be started any more.
+        stopped: set it when no worker is to be started any more.
     """
 
     def __init__(
@@ -140,13 +140,15 @@ class Births:
                 answer = self._starter.start_server(server)
             self._server_deadline = time.monotonic() + self._settings.start_timeout
             self._crew.watch_descriptor(answer, self._on_server_answer)
-        elif time.monotonic() >= self._server_deadline:
+        return False
+
+    def stop_overdue_server(self, now: float) -> None:
+        """Stop the fork server if its imports take too long."""
+        if self._server_is_starting and now >= self._server_deadline:
             self._stop_server()
             timeout = self._settings.start_timeout
-            self._report_start_error(
-                TimeoutError(f"the imports to preload took longer than start_timeout ({timeout:g} s)")
-            )
-        return False
+            text = f"the imports to preload took longer than start_timeout ({timeout:g} s)"
+            self._report_start_error(TimeoutError(text))
 
     @property
     def _server_is_starting(self) -> bool:
@@ -173,8 +175,8 @@ class Births:
             self._crew.unwatch_descriptor(server.answer)
         self._starter.close()
 
-    def stop(self) -> None:
-        """Start no worker any more."""
+    def close(self) -> None:
+        """Stop the server; there are no workers any more."""
         self.stopped = True
         self._stop_server()
 

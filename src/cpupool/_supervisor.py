@@ -200,6 +200,7 @@ class Supervisor:
                 self._carry_out_orders()
                 self._enforce_deadlines(time.monotonic())
                 self._dismiss_workers(time.monotonic())
+                self._births.stop_overdue_server(time.monotonic())
                 self._births.refuse_while_broken()
                 if (worker := self._births.start_one_if_missing()) is not None:
                     self._crew.watch_end(worker, self._on_end)
@@ -210,7 +211,7 @@ class Supervisor:
             self._give_up(error)
             raise
         finally:
-            self._births.stop()
+            self._births.close()
             self._crew.close()
             self._carry_out_orders()  # what was posted while `finished` was not yet set
             for ticket in self._stop_tickets:
@@ -307,7 +308,7 @@ class Supervisor:
             return
         now = time.monotonic()
         if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
-            self._births.stop()
+            self._births.stopped = True
             self._killed_at = now + self._settings.grace
             self._stop_running_tasks()
         if self._births.stopped:
