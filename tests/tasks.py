@@ -599,6 +599,11 @@ def meet(barrier_folder: str, number: int) -> None:
         time.sleep(0.001)
 
 
+def meet_and_fail(folder: str, number: int) -> NoReturn:
+    meet(folder, number)
+    raise ValueError("no model")
+
+
 def fail_while(flag: str, count: str) -> None:
     append_line(count)
     if Path(flag).exists():

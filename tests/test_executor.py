@@ -416,6 +416,14 @@ def test_an_executor_works_in_a_forked_child() -> None:
         assert executor.submit(tasks.add, 3).result() == 3
 
 
+def test_it_takes_all_settings_of_a_pool() -> None:
+    with PoolExecutor(1, serializer="cloudpickle", timeout=60, name="mine") as executor:
+        assert executor.submit(lambda: 42).result() == 42
+        assert "'mine'" in repr(executor)
+    with pytest.raises(TypeError, match="no_such_setting"):
+        PoolExecutor(1, no_such_setting=1)
+
+
 def test_max_tasks_per_child_replaces_the_worker() -> None:
     with PoolExecutor(1, max_tasks_per_child=3) as executor:
         pids = [executor.submit(tasks.get_pid).result() for _ in range(9)]

@@ -233,6 +233,27 @@ async def test_a_killed_fork_server_is_started_again(module_folder: Path) -> Non
         assert await pool.run(tasks.get_preloaded_pid) != server
 
 
+def test_a_fork_leaves_the_fork_server_to_the_parent(run_script: RunScript) -> None:
+    done = run_script("""
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool, tasks
+
+if __name__ == "__main__":
+    pool = cpupool.CpuPool(1, preload=("json",), max_tasks_per_child=1)
+    before = pool.run_sync(tasks.get_pid)
+    child = os.fork()
+    if child == 0:
+        assert pool.run_sync(tasks.get_pid) != before
+        pool.close()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    print(pool.run_sync(tasks.add, 1), pool.run_sync(tasks.add, 2))
+    pool.close()
+""")
+    assert (done.stdout, done.stderr, done.returncode) == ("1 2\n", "", 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
@@ -337,6 +358,16 @@ async def test_c4_the_breaker_opens_and_closes(tmp_path: Path) -> None:
                 break
             await anyio.sleep(0.05)
     assert pool._supervisor._births._failures == 0
+    await pool.aclose()
+
+
+async def test_c4_workers_that_fail_together_count_as_one_failure(tmp_path: Path) -> None:
+    """Or the first failure of a large pool would open the breaker, for half a minute."""
+    pool = CpuPool(6, initializer=tasks.meet_and_fail, initargs=(str(tmp_path), 6))
+    with pytest.raises(InitializerFailed):
+        await pool.warm_up()
+    await until(lambda: not workers_of(pool))
+    assert pool._supervisor._births._failures == 1
     await pool.aclose()
 
 

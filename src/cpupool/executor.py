@@ -22,8 +22,8 @@ class PoolExecutor(PoolExecutorFace):
     call; leaving its `with` block by Ctrl-C stops the calls instead of waiting for them.
 
     Args:
-        max_workers, mp_context, initializer, initargs, max_tasks_per_child: as `ProcessPoolExecutor`; the other
-            arguments as `CpuPool`.
+        max_workers, mp_context, initializer, initargs, max_tasks_per_child: as `ProcessPoolExecutor`.
+        settings: any other argument of `CpuPool`.
 
     Raises:
         TypeError, ValueError: an argument is not what it can be; the message names it.
@@ -37,11 +37,7 @@ class PoolExecutor(PoolExecutorFace):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
-        start_timeout: float = 60.0,
-        timeout: float | None = None,
-        grace: float = 1.0,
-        retries: int = 0,
-        name: str = "PoolExecutor",
+        **settings: Any,
     ) -> None:
         if isinstance(max_workers, int) and max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
@@ -51,11 +47,7 @@ class PoolExecutor(PoolExecutorFace):
             initializer=initializer,
             initargs=initargs,
             max_tasks_per_child=max_tasks_per_child,
-            start_timeout=start_timeout,
-            timeout=timeout,
-            grace=grace,
-            retries=retries,
-            name=name,
+            **{"name": "PoolExecutor", **settings},
         )
         super().__init__(pool, pool.run, pool.aclose)
 
