@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -167,8 +168,9 @@ async def test_an_initializer_that_kills_its_worker_is_reported() -> None:
 
 async def test_an_initializer_that_hangs_is_killed_after_start_timeout(tmp_path: Path) -> None:
     pool = CpuPool(1, initializer=tasks.write_pid_and_sleep, initargs=(str(tmp_path / "pid"),), start_timeout=1)
-    with pytest.raises(InitializerFailed, match="write_pid_and_sleep had not ended 1 s after the worker's start"):
+    with pytest.raises(InitializerFailed, match="write_pid_and_sleep had not ended 1 s after the worker's") as caught:
         await pool.run(tasks.add, 1)
+    assert re.search(r'tasks\.py", line \d+ in write_pid_and_sleep', str(caught.value)), "it says where it is"
     wait_until_gone(int((tmp_path / "pid").read_text()))
     await pool.aclose()
 

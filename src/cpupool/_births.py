@@ -37,6 +37,8 @@ MAX_START_DEATHS = 3
 # Seconds between one failed start and the next; doubled each time.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
 
+_STACK_TIME = 0.05  # seconds that a worker whose initializer is overdue has to say where it is
+
 # Failed starts in a row after which the breaker opens.
 BREAKER_THRESHOLD = 3
 
@@ -236,14 +238,24 @@ class Births:
         self._dispatcher.remove(worker)
         self._fail(make_error, worker)
 
+    def is_asked_for_stack(self, worker: Worker) -> bool:
+        """Let a worker whose initializer is overdue say where it is; True if its answer is to be waited for."""
+        asked_at = worker.born + self._settings.start_timeout
+        now = time.monotonic()
+        if not self._is_initializing(worker) or now >= asked_at + _STACK_TIME:
+            return False
+        worker.process.send_interrupt()
+        worker.deadline = asked_at + _STACK_TIME
+        return now < worker.deadline
+
     def report_overdue(self, worker: Worker) -> None:
         """Tell those who wait that it was not ready in time."""
         self._dispatcher.remove(worker)
         timeout = self._settings.start_timeout
         if self._is_initializing(worker):
-            self._report_lost_initializer(
-                worker, f"had not ended {timeout:g} s after the worker's start (start_timeout)"
-            )
+            stack = worker.process.take_stack()
+            reason = f"had not ended {timeout:g} s after the worker's start (start_timeout)"
+            self._report_lost_initializer(worker, f"{reason}\n{stack}\n" if stack else reason)
             return
         text = (
             f"a worker was not ready {timeout:g} s after its start (start_timeout), "

@@ -243,6 +243,8 @@ class Supervisor:
         for worker in list(self._crew.workers):
             if worker.deadline <= now:
                 if worker.state is State.STARTING:
+                    if self._births.is_asked_for_stack(worker):
+                        continue
                     self._births.report_overdue(worker)
                 self._crew.kill(worker)
 
