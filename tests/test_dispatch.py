@@ -101,7 +101,7 @@ def test_a_failed_start_leaves_the_queue_to_the_workers_that_are_left() -> None:
     assert first.worker is not None
     dispatcher.remove(first.worker)
     dispatcher.want_all(warm_up)
-    assert dispatcher.fail_start(lambda: RuntimeError("no process")) is True
+    dispatcher.fail_start(lambda: RuntimeError("no process"))
     assert isinstance(warm_up.error, RuntimeError)
     assert waiting.is_waiting
     assert dispatcher.give_back(second)
@@ -268,7 +268,7 @@ def test_a_failed_start_fails_who_waits_and_is_not_repeated() -> None:
     waiting = [enqueue(dispatcher), enqueue(dispatcher)]
     assert notified
     assert dispatcher.shortfall() == 2
-    assert dispatcher.fail_start(lambda: RuntimeError("no process")) is False
+    dispatcher.fail_start(lambda: RuntimeError("no process"))
     errors = [lease.ticket.error for lease in waiting if lease.ticket is not None]
     assert [str(error) for error in errors] == ["no process", "no process"]
     assert errors[0] is not errors[1]
@@ -361,10 +361,10 @@ def test_workers_that_were_idle_too_long_leave_but_some_stay() -> None:
     dispatcher = ready_dispatcher(4)
     busy = borrow(dispatcher)
     since = time.monotonic()
-    assert since + 9 < dispatcher.next_surplus(since, 10, 2) <= since + 10
+    assert since + 9 < dispatcher.next_surplus(10, 2) <= since + 10
     assert dispatcher.take_surplus(since + 9, 10, 2) == []
     assert dispatcher.take_surplus(since + 10, 10, 2) == ["worker 0", "worker 1"], "those that were idle longest"
-    assert dispatcher.next_surplus(since, 10, 2) == math.inf
+    assert dispatcher.next_surplus(10, 2) == math.inf
     assert dispatcher.shortfall() == 0, "they are not missed"
     for _ in range(3):
         enqueue(dispatcher) if not dispatcher.borrow_idle(Lease(0)) else None

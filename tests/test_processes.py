@@ -581,7 +581,13 @@ async def main(method, where):
     usual = statistics.median(gaps)
     gaps.clear()
     if where == "on the loop":  # the control: what the supervisor's thread does, one at a time, done here
-        processes = [pool._supervisor._births._starter() for _ in range(4)]
+        starter = pool._supervisor._births._starter
+        starter.prepare()
+        if starter.server is not None:
+            starter.start_server(starter.server)
+            while not starter.server.is_ready:
+                starter.server.read_answer()
+        processes = [starter() for _ in range(4)]
     else:
         await pool.run(abs, -1)
     await asyncio.sleep(0.02)
@@ -593,6 +599,7 @@ async def main(method, where):
             while process.poll() is None:
                 time.sleep(0.001)
             process.close()
+        starter.close()
     await pool.aclose()
 
 if __name__ == "__main__":

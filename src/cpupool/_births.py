@@ -10,8 +10,10 @@ refused at once.  The breaker closes when a start succeeds.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
     from ._settings import Settings
     from ._starting import WorkerStarter
 
-# A worker killed from outside while it starts is nobody's fault and is replaced; one that always dies is not.
-MAX_START_DEATHS = 3
+# A worker that a signal ends while it starts is replaced; one that always dies is not.  The first number is for signals
+# that others send, which is nobody's fault, the second for crashes.
+MAX_START_KILLS, MAX_START_DEATHS = 10, 3
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 # Seconds between one failed start and the next; doubled each time.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
@@ -42,7 +46,7 @@ _STACK_TIME = 0.05  # seconds that a worker whose initializer is overdue has to 
 # Failed starts in a row after which the breaker opens.
 BREAKER_THRESHOLD = 3
 
-# Limits per worker are varied by up to one part in so many, so that workers which began together do not end together.
+# Limits of so much and more are varied by up to one part in so many, from worker to worker.
 _JITTER = 10
 
 
@@ -69,15 +73,24 @@ class Births:
         self._witness = witness
         self._deaths = 0
         self._failures = 0
+        self._delay = FIRST_DELAY
         self._again_at = 0.0
         self._last_error: Callable[[], BaseException] | None = None
         self._server_deadline = math.inf
+        self._has_warned = False
 
     def next_deadline(self) -> float:
         """Return when the next start is due, or the fork server's is overdue."""
         if self._server_is_starting:
             return self._server_deadline
-        return self._again_at if not self.stopped and self._dispatcher.shortfall() else math.inf
+        if self.stopped or not self._has_room() or not self._dispatcher.shortfall():
+            return math.inf
+        return self._again_at
+
+    def _has_room(self) -> bool:
+        """Return False while too many workers are on their way out: they may take long, and new ones come fast."""
+        leaving = sum(worker.state is State.LEAVING for worker in self._crew.workers)
+        return leaving < self._dispatcher.max_workers
 
     def refuse_while_broken(self) -> None:
         """Tell those who wait in vain, while the breaker is open, that it is."""
@@ -96,7 +109,12 @@ class Births:
 
     def start_one_if_missing(self) -> Worker | None:
         """Start one worker; the supervisor comes back at once for the next, and sees to everything else in between."""
-        if self.stopped or time.monotonic() < self._again_at or not self._dispatcher.shortfall():
+        if (
+            self.stopped
+            or time.monotonic() < self._again_at
+            or not self._has_room()
+            or not self._dispatcher.shortfall()
+        ):
             return None
         try:
             self._starter.prepare()
@@ -104,7 +122,7 @@ class Births:
                 return None
             with starting_or_forking:
                 process = self._starter()
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the fork server has just ended
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # a fork server has just ended
             self._starter.close()
             self._deaths += 1
             if self._deaths < MAX_START_DEATHS:
@@ -209,8 +227,10 @@ class Births:
             return
         if frame.kind is Kind.READY:
             self._deaths = self._failures = 0
+            self._delay = FIRST_DELAY
             self._again_at = 0
             self._last_error = None
+            self._warn_of_size(worker)
             worker.state = State.READY
             worker.deadline = math.inf
             self._dispatcher.add_ready(worker)
@@ -218,6 +238,18 @@ class Births:
             self._report_failed_initializer(worker, frame)
             worker.state = State.LEAVING
             worker.deadline = time.monotonic() + self._settings.grace
+
+    def _warn_of_size(self, worker: Worker) -> None:
+        """Say, once, that `max_memory_per_child` is too little for any worker."""
+        if worker.is_too_large and not self._has_warned:
+            self._has_warned = True
+            logging.getLogger("cpupool").warning(
+                "%s: a worker holds %.0f MiB of memory before its first task, more than max_memory_per_child allows "
+                "(%.0f MiB at most): each will be replaced after one task",
+                self._settings.name,
+                worker.process.resident() / 2**20,
+                (self._settings.max_memory_per_child or 0) / 2**20,
+            )
 
     def hear_last_words(self, worker: Worker) -> None:
         """Read what an ended worker said before it was ready, to the end of the connection."""
@@ -274,7 +306,8 @@ class Births:
         """Deal with the end of a worker that was not ready yet."""
         death = worker.death()
         self._deaths += 1
-        if death.signal is not None and self._deaths < MAX_START_DEATHS:
+        patience = MAX_START_KILLS if death.signal in _FROM_OUTSIDE and not death.oom else MAX_START_DEATHS
+        if death.signal is not None and self._deaths < patience:
             return  # the next look at the dispatcher starts another
         if self._is_initializing(worker):
             self._deaths = 0
@@ -308,7 +341,8 @@ class Births:
 
     def _put_off(self) -> None:
         self._failures += 1
-        self._again_at = time.monotonic() + min(FIRST_DELAY * 2 ** (self._failures - 1), LONGEST_DELAY)
+        self._again_at = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
 
 
 def _vary(limit: int | None) -> int | None:

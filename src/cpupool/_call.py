@@ -113,6 +113,8 @@ class Call:
             if not worker.tasks_left or not dispatcher.give_back(lease):
                 dispatcher.retire(lease)
                 supervisor.post(supervisor.take_back, lease)
+            elif supervisor.idle_timeout is not None:
+                supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
         except BaseException:
             _give_up(lease, supervisor)
             raise

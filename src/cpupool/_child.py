@@ -146,20 +146,24 @@ def main(setup: Setup | PickledSetup) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
     decoder = FrameDecoder()
+    dumps = _payload.dumps
     try:
         duties = setup.receive_duties(decoder)
+        dumps = _payload.get_dumps(duties.serializer)
         page[STAGE] = STAGE_INITIALIZING
         if duties.initializer is not None:
             duties.initializer(*duties.initargs)
     except BaseException as error:
         with contextlib.suppress(ConnectionError):  # the pool has gone
-            channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error)))
+            channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error, dumps=dumps)))
         return
     _flush_output()
+    if duties.weighs_itself:
+        page[RESIDENT] = _settling.measure_resident()
     page[STAGE] = STAGE_READY
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the pool has gone
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, decoder, interrupts, duties)
+        _serve(channel, decoder, interrupts, dumps, weighs_itself=duties.weighs_itself)
     if duties.finalizer is not None:
         _finalize(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them
@@ -183,15 +187,21 @@ def _become_no_worker(channel: socket.socket, interrupts: Interrupts) -> None:
     interrupts.page = memoryview(bytearray(STATUS_PAGE_SIZE)).cast("Q")
 
 
-def _serve(channel: socket.socket, decoder: FrameDecoder, interrupts: Interrupts, duties: Duties) -> None:
-    dumps = _payload.get_dumps(duties.serializer)
+def _serve(
+    channel: socket.socket,
+    decoder: FrameDecoder,
+    interrupts: Interrupts,
+    dumps: Callable[[object], bytes],
+    *,
+    weighs_itself: bool,
+) -> None:
     while (frame := _next_call(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
         task_id = frame.task_id
         reply = _run_call(task_id, frame.body, interrupts, dumps)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
         set_current_task(None)
         _flush_output()
-        if duties.weighs_itself:
+        if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
         interrupts.page[FINISHED] = task_id
         channel.sendall(reply)

@@ -68,6 +68,7 @@ class Dispatcher(Generic[W]):
         self._idle_since: dict[W, float] = {}
         self._lent: dict[W, Lease[W] | None] = {}  # None: the supervisor will kill it, and it cannot be given back
         self._outgoing: set[W] = set()  # each is expected, idle or lent as well
+        self._recovering: set[W] = set()  # each is expected as well: its task may still run
         self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
         self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
@@ -83,7 +84,7 @@ class Dispatcher(Generic[W]):
         if not self._idle:
             return False  # spares the lock; if that changes in this moment, `enqueue` sees it
         with self._lock:
-            if self.closed or not self._idle or len(self._lent) >= self.max_workers:
+            if self.closed or not self._idle or len(self._lent) + len(self._recovering) >= self.max_workers:
                 return False
             worker = self._idle[-1]
             lease.worker = worker
@@ -108,7 +109,7 @@ class Dispatcher(Generic[W]):
         with self._lock:
             if self.closed and lease not in self._bereaved:
                 raise PoolClosed(self._name)
-            if self._idle and len(self._lent) < self.max_workers:
+            if self._idle and len(self._lent) + len(self._recovering) < self.max_workers:
                 worker = self._idle[-1]
                 lease.worker = worker
                 self._lent[worker] = lease
@@ -222,7 +223,7 @@ class Dispatcher(Generic[W]):
                     return  # it has died, or is about to be killed; or this was done before
                 while self._queue and self._queue[0].is_expired:
                     del self._queue[0]
-                if self._queue and self._idle:
+                if self._queue and self._idle:  # there is room: it takes the place of this one
                     heir = self._queue[0]
                     spare = self._idle[-1]
                     heir.worker = spare
@@ -252,6 +253,7 @@ class Dispatcher(Generic[W]):
             if worker is not None:
                 if self._lent.pop(worker, None) is not None and expected:
                     self._expected.add(worker)
+                    self._recovering.add(worker)
                 else:
                     self._outgoing.discard(worker)
             return worker
@@ -323,6 +325,7 @@ class Dispatcher(Generic[W]):
         """Note that an expected worker is ready, and serve the queue."""
         with self._lock:
             self._expected.discard(worker)
+            self._recovering.discard(worker)
             self._idle_since[worker] = time.monotonic()
             self._idle.append(worker)
         self.serve_queue()
@@ -333,7 +336,9 @@ class Dispatcher(Generic[W]):
             with self._lock:
                 while self._queue and self._queue[0].is_expired:
                     del self._queue[0]
-                if not self._queue or not self._idle or len(self._lent) >= self.max_workers:
+                if not self._queue or not self._idle:
+                    return
+                if len(self._lent) + len(self._recovering) >= self.max_workers:
                     return
                 lease = self._queue.popleft()
                 worker = self._idle.pop()
@@ -350,8 +355,8 @@ class Dispatcher(Generic[W]):
             lease = self._lent.pop(worker, None)
             if lease is not None:
                 self._bereaved[lease] = None
-            self._expected.discard(worker)
-            self._outgoing.discard(worker)
+            for each in (self._expected, self._recovering, self._outgoing):
+                each.discard(worker)
             self._idle_since.pop(worker, None)
             if worker in self._idle:
                 self._idle.remove(worker)
@@ -378,6 +383,8 @@ class Dispatcher(Generic[W]):
     def take_surplus(self, now: float, idle_timeout: float, min_workers: int) -> list[W]:
         """Take those workers out that have been idle for `idle_timeout`, but leave `min_workers`."""
         with self._lock:
+            if self._ready_tickets:
+                return []  # all workers are wanted
             most = max(self._present() - min_workers, 0)
             surplus = [each for each in self._idle if self._idle_since[each] + idle_timeout <= now][:most]
             self._take_out(surplus)
@@ -385,13 +392,12 @@ class Dispatcher(Generic[W]):
                 self._wanted = min(self._wanted, self._present())
             return surplus
 
-    def next_surplus(self, now: float, idle_timeout: float, min_workers: int) -> float:
-        """Return when the next worker may have been idle for `idle_timeout`; infinite while none may leave."""
+    def next_surplus(self, idle_timeout: float, min_workers: int) -> float:
+        """Return when the next worker will have been idle for `idle_timeout`; infinite while none may leave."""
         with self._lock:
-            if self._present() <= min_workers:
+            if self._ready_tickets or not self._idle or self._present() <= min_workers:
                 return math.inf
-            since = self._idle_since[self._idle[0]] if self._idle else now  # the longest idle one is the first
-            return since + idle_timeout
+            return self._idle_since[self._idle[0]] + idle_timeout  # the longest idle one is the first
 
     def _take_out(self, workers: list[W]) -> None:
         for worker in workers:
@@ -406,17 +412,15 @@ class Dispatcher(Generic[W]):
             self._take_out(idle)
             return idle
 
-    def fail_start(self, make_error: Callable[[], BaseException]) -> bool:
+    def fail_start(self, make_error: Callable[[], BaseException]) -> None:
         """Note that a worker could not be started: tell everybody who now waits in vain, each with an error of its own.
 
-        Returns:
-            True if other workers are left: then the queue is served by them.
+        If other workers are left, the queue is served by them.
         """
         with self._lock:
-            others = self._present() > 0
-            self._wanted = self._present()
+            self._wanted = len(self._expected) + len(self._idle) + len(self._lent)
+            others = self._wanted > 0
         self._fail(make_error, warm_up_only=others)
-        return others
 
     def fail_queue(self, make_error: Callable[[], BaseException]) -> None:
         """Settle every waiting ticket with an error of its own."""
@@ -461,13 +465,15 @@ class Dispatcher(Generic[W]):
             if self.closed:
                 raise PoolClosed(self._name)
             self._wanted = self.max_workers
+            self._ready_tickets = [each for each in self._ready_tickets if each.is_open]  # the others have gone
             self._ready_tickets.append(ticket)
 
     def settle_warm_ups(self) -> None:
-        """Settle the tickets of `want_all` if all workers are ready."""
+        """Settle the tickets of `want_all` if all workers are ready; from then on they count as idle."""
         with self._lock:
-            if len(self._idle) + len(self._lent) < self.max_workers:
+            if not self._ready_tickets or len(self._idle) + len(self._lent) < self.max_workers:
                 return
+            self._idle_since |= dict.fromkeys(self._idle, time.monotonic())
             tickets = self._ready_tickets
             self._ready_tickets = []
         for ticket in tickets:

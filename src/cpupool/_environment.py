@@ -16,7 +16,7 @@ from ._settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
-_UNITS = {"": 1, **{letter: 1024**power for power, letter in enumerate("KMGT", 1)}}
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?", re.IGNORECASE)
 
 
@@ -64,11 +64,12 @@ def _bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError("it must be a number of bytes, like 200000000, 512M, 1.5G or 200MB")
-    number, unit, suffix = match.groups()
-    factor = _UNITS[unit.upper()]
-    if unit and suffix is not None and suffix.upper() == "B":
-        factor = 1000 ** "KMGT".find(unit.upper()) * 1000
-    return int(float(number) * factor)
+    number, letter, suffix = match.groups()
+    base = 1000 if (suffix or "").upper() == "B" else 1024
+    size = float(number) * base ** _POWERS[letter.upper()]
+    if not size.is_integer() and not letter:
+        raise ValueError("it must be a whole number of bytes")
+    return int(size)
 
 
 def _function(text: str) -> Callable[..., object]:
@@ -79,7 +80,7 @@ def _function(text: str) -> Callable[..., object]:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module's own code runs
         raise ValueError(f"it cannot be imported: {error}") from error
     function: Callable[..., object] = found
     return function

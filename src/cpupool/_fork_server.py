@@ -1,8 +1,9 @@
-"""A fork server of one pool's own, in which modules are imported once for all its workers.
+"""A fork server of one pool's own, from which its workers are forked.
 
-multiprocessing's own server is one for the whole program: what it preloads is settled when it first starts, by whoever
-came first, it swallows import errors, and before Python 3.12.4 it does not even know the program's `sys.path`.  So this
-one is started here, speaks multiprocessing's protocol from then on, and its processes are multiprocessing's too.
+multiprocessing's own server is one for the whole program.  What it preloads is settled when it first starts, by whoever
+came first; it swallows import errors; before Python 3.12.4 it does not know the program's `sys.path`, and newer ones
+import the main module in it, before our part of the settling in.  So this one is started here, speaks multiprocessing's
+protocol from then on, and its processes are multiprocessing's too.
 
 Rules: the supervisor's thread alone uses it.  It never waits for the imports: `answer` becomes readable when they are
 done, or have failed.
@@ -31,13 +32,22 @@ from . import _preload
 from ._errors import decode_error, describe_exit
 from ._forking import at_fork
 from ._frames import FrameDecoder, Kind
+from ._status import UNKNOWN_STATUS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_PROGRAM = "import pickle, sys; file = open({}, 'rb'); sys.path[:] = pickle.load(file); pickle.load(file)()"
+_PROGRAM = (
+    "import pickle, sys; file = open({}, 'rb'); sys.path[:] = pickle.load(file); serve = pickle.load(file); "
+    "file.close(); serve()"
+)
+_LONGEST_FORK = 5.0  # seconds that a server may take to answer; it takes milliseconds
 _RECEIVE_SIZE = 64 * 1024
 _live: weakref.WeakSet[ForkServer] = weakref.WeakSet()
+
+
+class ServerSilent(ConnectionError):
+    """The server does not answer: it was stopped, or hangs."""
 
 
 class PreloadFailed(Exception):
@@ -82,9 +92,9 @@ class ForkServer:
         listener.bind(self._address)
         self._descriptors.callback(lambda: _unlink(self._address))
         listener.listen()
-        liveness, self._our_liveness = os.pipe()
+        liveness, our_liveness = os.pipe()
         theirs.callback(os.close, liveness)
-        self._descriptors.callback(os.close, self._our_liveness)
+        self._descriptors.callback(os.close, our_liveness)
         self.answer, their_answer = os.pipe()
         theirs.callback(os.close, their_answer)
         self._descriptors.callback(os.close, self.answer)
@@ -141,8 +151,12 @@ class ForkServer:
         Raises:
             OSError: the server is gone.
         """
+        unused = os.open(os.devnull, os.O_RDONLY)  # multiprocessing would keep its server alive by it
         with socket.socket(socket.AF_UNIX) as client, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            theirs.callback(os.close, unused)
+            client.settimeout(_LONGEST_FORK)
             client.connect(self._address)
+            client.setblocking(True)
             status, child_status = os.pipe()
             ours.callback(os.close, status)
             theirs.callback(os.close, child_status)
@@ -150,7 +164,7 @@ class ForkServer:
             theirs.callback(os.close, child_data)
             ours.callback(os.close, data)
             tracker = resource_tracker.getfd()
-            reduction.sendfds(client, [child_data, child_status, self._our_liveness, tracker, *descriptors])  # type: ignore[list-item]
+            reduction.sendfds(client, [child_data, child_status, unused, tracker, *descriptors])  # type: ignore[list-item]
             ours.pop_all()
         return status, data
 
@@ -218,8 +232,20 @@ class _Popen(popen_forkserver.Popen):
         parent_sentinel = os.dup(data)  # the new process takes its end for the end of this one
         self.finalizer = util.Finalize(self, util.close_fds, (parent_sentinel, self.sentinel))  # type: ignore[attr-defined]
         with open(data, "wb") as pipe:
+            if not multiprocessing.connection.wait([self.sentinel], _LONGEST_FORK):
+                self.finalizer()
+                raise ServerSilent(f"the pool's fork server has not answered for {_LONGEST_FORK:g} s")
+            self.pid = read_signed(self.sentinel)
             pipe.write(file.getbuffer())
-        self.pid = read_signed(self.sentinel)
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """Do as multiprocessing does, but do not make up a status when the server has died."""
+        if self.returncode is None and (flag != os.WNOHANG or multiprocessing.connection.wait([self.sentinel], 0)):
+            try:
+                self.returncode = read_signed(self.sentinel)
+            except (OSError, EOFError):
+                self.returncode = UNKNOWN_STATUS
+        return self.returncode
 
 
 def _unlink(address: str) -> None:

@@ -8,14 +8,16 @@ import time
 from typing import TYPE_CHECKING
 
 from ._sizing import count_oom_kills
+from ._worker import State
 
 if TYPE_CHECKING:
     from ._crew import Crew
     from ._dispatch import Dispatcher
+    from ._lease import Lease
     from ._worker import Worker
 
 # Seconds between two looks at the workers that run a task.  One look costs about 20 microseconds a worker; memory grows
-# by 1 to 3 GB/s at most (the speed of page faults), so by some 50 MB meanwhile.
+# by 1 to 3 GB/s at most (the speed of page faults), so by 75 MB at most meanwhile.
 SAMPLING_INTERVAL = 0.025
 
 # Seconds for which a counted kill explains a death: several processes may be killed at once, and are reaped one by one.
@@ -33,7 +35,7 @@ class MemoryGuard:
 
     def next_deadline(self) -> float:
         """Return when to look again: only while there is a limit and a task runs."""
-        if self._limit is None or not self._dispatcher.leases():
+        if self._limit is None or not self._leases_and_workers():
             return math.inf
         return self._sampled + SAMPLING_INTERVAL
 
@@ -41,17 +43,19 @@ class MemoryGuard:
         """Look at all workers that run a task, and kill those that hold too much."""
         if self._limit is None or now < self._sampled + SAMPLING_INTERVAL:
             return
-        leases = self._dispatcher.leases()
-        if leases:
+        for lease, worker in self._leases_and_workers():
             self._sampled = now
-        for lease in leases:
-            worker = lease.worker
-            if worker is None or not worker.in_call:
-                continue
             resident = _measure_resident(worker.process.pid)
-            if resident > self._limit and self._dispatcher.doom(lease):
+            if resident > self._limit and (lease is None or self._dispatcher.doom(lease)):
                 worker.excess = resident, self._limit
                 self._crew.kill(worker)
+
+    def _leases_and_workers(self) -> list[tuple[Lease[Worker] | None, Worker]]:
+        """Return the workers that run a task, and their leases; those whose call was given up have none."""
+        leases = [lease for lease in self._dispatcher.leases() if lease.started]
+        running = [(lease, worker) for lease in leases if (worker := lease.worker) is not None]
+        given_up = [worker for worker in self._crew.workers if worker.state is State.RECOVERING]
+        return [*running, *((None, worker) for worker in given_up)]
 
 
 def _measure_resident(pid: int) -> int:

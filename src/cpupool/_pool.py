@@ -62,7 +62,7 @@ class CpuPool:
         idle_timeout: seconds without a task after which a worker leaves, down to `min_workers`; by default they stay.
         max_tasks_per_child: how many tasks a worker runs before another takes its place; by default any number.  Its
             successor starts while it runs its last task, so for a moment there are more processes than `max_workers`,
-            but never more tasks.  Limits above ten vary by up to a tenth downwards, so that workers are not all
+            but never more tasks.  Limits of ten and more vary by up to a tenth downwards, so that workers are not all
             replaced at once.
         max_memory_per_child: bytes of memory (resident size, shared pages included) above which a worker is replaced,
             between two tasks, once its successor is ready; by default any amount.  Varied likewise.
@@ -154,7 +154,12 @@ class CpuPool:
         """
         from ._environment import read_settings
 
-        return cls(**{**read_settings(prefix, without=overrides), **overrides})
+        found = read_settings(prefix, without=overrides)
+        try:
+            return cls(**{**found, **overrides})
+        except ValueError as error:
+            variables = ", ".join(prefix + setting.upper() for setting in found)
+            raise ValueError(f"{error} (read from the environment: {variables or 'nothing'})") from error
 
     def _set_up(self) -> None:
         self._supervisor = Supervisor(self.settings, WorkerStarter(self.settings))

@@ -119,7 +119,10 @@ class WorkerProcess:
         return True
 
     def poll(self) -> int | None:
-        """Return the exit status (negative: the signal that ended it), or None while that is not known."""
+        """Return the exit status, or None while the process has not ended.
+
+        A negative one is the signal that ended it; `UNKNOWN_STATUS` says that nobody could learn it.
+        """
         status: int | None = self._process.exitcode
         return status
 
@@ -267,6 +270,7 @@ def _forget_all() -> None:
         process.forget()
     _live.clear()
     _forget_fork_server()
+    multiprocessing.process.current_process()._config.pop("tempdir", None)  # the parent removes it at its end
 
 
 def _forget_fork_server() -> None:

@@ -46,12 +46,12 @@ def is_newborn_worker() -> bool:
 
 def refuse_pool_here() -> None:
     """Raise where a pool must not start workers: in a worker, and in a new process that imports the main module."""
+    if is_newborn_worker():
+        os._exit(EXIT_UNGUARDED_MAIN)  # the supervisor tells the user, once
     if in_worker():
         raise RuntimeError(
             "a worker must not use a pool: its workers would compete with this one's for the same CPUs. "
             "Return what is to be done to the caller and let it call the pool, or use multiprocessing here."
         )
-    if is_newborn_worker():
-        os._exit(EXIT_UNGUARDED_MAIN)  # the supervisor tells the user, once
     if is_importing_main():
         raise RuntimeError(f"a pool was used while a new process imports the main module. {GUARD_ADVICE}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,8 @@ class Settings:
     def _check_limits_together(self) -> None:
         if None not in (self.min_workers, self.max_workers) and self.min_workers > self.max_workers:  # type: ignore[operator]
             raise ValueError(f"min_workers is {self.min_workers}, more than max_workers ({self.max_workers})")
+        if self.hard_memory_per_child is not None and not os.path.exists("/proc/self/statm"):
+            raise ValueError("hard_memory_per_child needs /proc, which this system does not have")
         soft, hard = self.max_memory_per_child, self.hard_memory_per_child
         if soft is not None and hard is not None and soft > hard:
             raise ValueError(

@@ -128,7 +128,7 @@ def measure_limits(root: Path = Path("/")) -> Limits:
 
 def _whole_number(variable: str, *, at_least: int) -> int | None:
     text = os.environ.get(variable, "").strip()
-    if not text:
+    if not text or text.lower() == "none":
         return None
     if not text.isdecimal() or int(text) < at_least:
         raise ValueError(

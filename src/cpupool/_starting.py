@@ -27,7 +27,8 @@ class WorkerStarter:
 
     Attributes:
         max_workers: how many there may be at most.
-        server: the fork server that must be ready before; None if the pool needs none of its own.
+        server: the fork server that must be ready before; None for other start methods, and for a context of the
+            user's own.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -46,13 +47,14 @@ class WorkerStarter:
             return
         from ._process import get_context
 
-        if self._settings.preload:
-            get_context("forkserver")  # raises where there is none
+        given, preload = self._settings.mp_context, self._settings.preload
+        context = get_context("forkserver" if preload else given)
+        if preload or (context.get_start_method() == "forkserver" and context is not given):
             from ._fork_server import ForkServer
 
-            self._context = self.server = ForkServer(self._settings.preload)
+            self._context = self.server = ForkServer(preload)
         else:
-            self._context = get_context(self._settings.mp_context)
+            self._context = context
 
     def start_server(self, server: ForkServer) -> int:
         """Start the server; its imports go on, and their outcome can be read from the descriptor that is returned."""
@@ -80,8 +82,10 @@ class WorkerStarter:
         """Return a worker's environment: the program's, and each numerical library's share of the CPUs."""
         from ._settling import THREAD_LIMIT_VARIABLES
 
-        limits = dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads))
-        return {**limits, **os.environ, **(self._settings.env or {})}
+        given = {**os.environ, **(self._settings.env or {})}
+        if "OMP_NUM_THREADS" in given:
+            return given  # which the other libraries follow, unless they are told more
+        return {**dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads)), **given}
 
     def close(self) -> None:
         """Stop the server, if there is one."""

@@ -52,6 +52,7 @@ class Supervisor:
         dispatcher: lends the workers that are ready.
         next_task_id: gives the next number.
         notify, look_by: see `Crew.wake` and `Crew.look_by`.
+        idle_timeout: as in the settings.
         sampling_interval: within so many seconds a task's memory must be looked at; None if there is no limit.
     """
 
@@ -69,6 +70,7 @@ class Supervisor:
         self._births = Births(settings, starter, self._crew, self.dispatcher, self._oom_witness)
         self._stopping = Stopping(settings.grace, self._crew, self.dispatcher)
         self._memory_guard = MemoryGuard(settings.hard_memory_per_child, self._crew, self.dispatcher)
+        self.idle_timeout = settings.idle_timeout
         self.sampling_interval = None if settings.hard_memory_per_child is None else SAMPLING_INTERVAL
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -262,7 +264,7 @@ class Supervisor:
         if self._settings.idle_timeout is None or self._births.stopped:
             return math.inf
         min_workers = self._settings.min_workers or 0
-        return self.dispatcher.next_surplus(time.monotonic(), self._settings.idle_timeout, min_workers)
+        return self.dispatcher.next_surplus(self._settings.idle_timeout, min_workers)
 
     def _send_home(self, worker: Worker) -> None:
         self._crew.send_home(worker, time.monotonic() + self._settings.grace)

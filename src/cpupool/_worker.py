@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
-from ._status import CRASH_HEADING
+from ._status import CRASH_HEADING, UNKNOWN_STATUS
 
 if TYPE_CHECKING:
     from ._frames import Frame
@@ -238,12 +238,14 @@ class Worker:
 
     @property
     def was_killed_by_others(self) -> bool:
-        """True if its process has ended by a SIGKILL, and not the pool's."""
-        return not self.was_killed and self.process.poll() == -signal.SIGKILL
+        """True if its process may have ended by a SIGKILL, and not the pool's."""
+        return not self.was_killed and self.process.poll() in (-signal.SIGKILL, UNKNOWN_STATUS)
 
     def death(self) -> Death:
         """Describe how the ended process ended."""
         status = self.process.poll()
+        if status == UNKNOWN_STATUS:
+            status = None
         died_of_signal = status is not None and status < 0
         return Death(
             pid=self.process.pid,
