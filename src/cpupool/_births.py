@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError, encode_frame
-from ._status import STAGE_INITIALIZING
+from ._status import SENT_BY_OTHERS, STAGE_INITIALIZING
 from ._worker import State, Worker, WorkerGone
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 # A worker that a signal ends while it starts is replaced; one that always dies is not.  The first number is for signals
 # that others send, which is nobody's fault, the second for crashes.
 MAX_START_KILLS, MAX_START_DEATHS = 10, 3
-_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 # Seconds between one failed start and the next; doubled each time.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
@@ -80,10 +78,11 @@ class Births:
         self._has_warned = False
 
     def next_deadline(self) -> float:
-        """Return when the next start is due, or the fork server's is overdue."""
-        if self._server_is_starting:
-            return self._server_deadline
-        if self.stopped or not self._has_room() or not self._dispatcher.shortfall():
+        """Return when there is something to do."""
+        return self._server_deadline if self._server_is_starting else self._next_start()
+
+    def _next_start(self) -> float:
+        if self.stopped or self._server_is_starting or not self._has_room() or not self._dispatcher.shortfall():
             return math.inf
         return self._again_at
 
@@ -109,23 +108,18 @@ class Births:
 
     def start_one_if_missing(self) -> Worker | None:
         """Start one worker; the supervisor comes back at once for the next, and sees to everything else in between."""
-        if (
-            self.stopped
-            or time.monotonic() < self._again_at
-            or not self._has_room()
-            or not self._dispatcher.shortfall()
-        ):
+        if time.monotonic() < self._next_start():
             return None
         try:
-            self._starter.prepare()
-            if not self._has_server():
-                return None
             with starting_or_forking:
+                self._starter.prepare()
+                if not self._has_server():
+                    return None
                 process = self._starter()
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # a fork server has just ended
             self._starter.close()
             self._deaths += 1
-            if self._deaths < MAX_START_DEATHS:
+            if self._deaths < MAX_START_KILLS:
                 self._again_at = time.monotonic() + FIRST_DELAY
             else:
                 self._report_start_error(error)
@@ -151,15 +145,13 @@ class Births:
     # --- the fork server of the pool's own, if it has one ---
 
     def _has_server(self) -> bool:
-        """Return True if workers can be started; else start the server that they need, or wait for it."""
+        """Return True if workers can be started; else start the server that they need."""
         server = self._starter.server
         if server is None or server.is_ready:
             return True
-        if server.answer is None:
-            with starting_or_forking:
-                answer = self._starter.start_server(server)
-            self._server_deadline = time.monotonic() + self._settings.start_timeout
-            self._crew.watch_descriptor(answer, self._on_server_answer)
+        answer = self._starter.start_server(server)
+        self._server_deadline = time.monotonic() + self._settings.start_timeout
+        self._crew.watch_descriptor(answer, self._on_server_answer)
         return False
 
     def stop_overdue_server(self, now: float) -> None:
@@ -184,7 +176,11 @@ class Births:
         except Exception as error:
             self._crew.unwatch_descriptor(answer)
             server.stop()
-            self._report_start_error(error)
+            self._deaths += 1
+            if isinstance(error, ConnectionError) and self._deaths < MAX_START_KILLS:
+                self._again_at = time.monotonic() + FIRST_DELAY
+            else:
+                self._report_start_error(error)
         else:
             if server.is_ready:
                 self._crew.unwatch_descriptor(answer)
@@ -226,6 +222,8 @@ class Births:
         if worker.state is not State.STARTING:
             return
         if frame.kind is Kind.READY:
+            if self._has_initialized_too_much(worker):
+                return
             self._deaths = self._failures = 0
             self._delay = FIRST_DELAY
             self._again_at = 0
@@ -238,6 +236,20 @@ class Births:
             self._report_failed_initializer(worker, frame)
             worker.state = State.LEAVING
             worker.deadline = time.monotonic() + self._settings.grace
+
+    def _has_initialized_too_much(self, worker: Worker) -> bool:
+        """Report a worker that passes the hard limit already: each of its tasks would be blamed for that."""
+        limit, resident = self._settings.hard_memory_per_child, worker.process.resident()
+        if limit is None or resident <= limit:
+            return False
+        text = (
+            f"a worker holds {resident / 2**20:,.0f} MiB of memory before its first task, more than "
+            f"hard_memory_per_child ({limit / 2**20:,.0f} MiB)"
+        )
+        self._dispatcher.remove(worker)
+        self._crew.kill(worker)
+        self._fail(lambda: PoolBroken(text), worker)
+        return True
 
     def _warn_of_size(self, worker: Worker) -> None:
         """Say, once, that `max_memory_per_child` is too little for any worker."""
@@ -306,7 +318,7 @@ class Births:
         """Deal with the end of a worker that was not ready yet."""
         death = worker.death()
         self._deaths += 1
-        patience = MAX_START_KILLS if death.signal in _FROM_OUTSIDE and not death.oom else MAX_START_DEATHS
+        patience = MAX_START_KILLS if death.signal in SENT_BY_OTHERS and not death.oom else MAX_START_DEATHS
         if death.signal is not None and self._deaths < patience:
             return  # the next look at the dispatcher starts another
         if self._is_initializing(worker):

@@ -146,7 +146,7 @@ def main(setup: Setup | PickledSetup) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
     decoder = FrameDecoder()
-    dumps = _payload.dumps
+    dumps: Callable[[object], bytes] = _payload.dumps
     try:
         duties = setup.receive_duties(decoder)
         dumps = _payload.get_dumps(duties.serializer)

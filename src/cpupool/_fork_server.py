@@ -26,13 +26,14 @@ import tempfile
 import weakref
 from multiprocessing import popen_forkserver, reduction, resource_tracker, util
 from multiprocessing.forkserver import read_signed
+from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
 from . import _preload
 from ._errors import decode_error, describe_exit
 from ._forking import at_fork
 from ._frames import FrameDecoder, Kind
-from ._status import UNKNOWN_STATUS
+from ._status import SENT_BY_OTHERS, UNKNOWN_STATUS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +45,10 @@ _PROGRAM = (
 _LONGEST_FORK = 5.0  # seconds that a server may take to answer; it takes milliseconds
 _RECEIVE_SIZE = 64 * 1024
 _live: weakref.WeakSet[ForkServer] = weakref.WeakSet()
+
+
+class ServerKilled(ConnectionError):
+    """Somebody has killed the server."""
 
 
 class ServerSilent(ConnectionError):
@@ -122,6 +127,7 @@ class ForkServer:
 
         Raises:
             PreloadFailed: it never will be.
+            ServerKilled: this one never will be, but the next may.
         """
         if self.answer is None:
             return
@@ -134,7 +140,8 @@ class ForkServer:
         if frame is None:
             status = self._wait()
             exitcode, signal = (None, -status) if status < 0 else (status, None)
-            raise PreloadFailed(f"the fork server {describe_exit(exitcode, signal)} while it imported what to preload")
+            text = f"the fork server {describe_exit(exitcode, signal)} while it imported {', '.join(self._preload)}"
+            raise ServerKilled(text) if signal in SENT_BY_OTHERS else PreloadFailed(text)
         if frame.kind is not Kind.READY:
             module = self._preload[frame.task_id]
             error = decode_error(frame.body, f"import {module}")
@@ -151,19 +158,20 @@ class ForkServer:
         Raises:
             OSError: the server is gone.
         """
-        unused = os.open(os.devnull, os.O_RDONLY)  # multiprocessing would keep its server alive by it
-        with socket.socket(socket.AF_UNIX) as client, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        tracker = resource_tracker.getfd()
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            unused = os.open(os.devnull, os.O_RDONLY)  # multiprocessing would keep its server alive by it
             theirs.callback(os.close, unused)
-            client.settimeout(_LONGEST_FORK)
-            client.connect(self._address)
-            client.setblocking(True)
             status, child_status = os.pipe()
             ours.callback(os.close, status)
             theirs.callback(os.close, child_status)
             child_data, data = os.pipe()
             theirs.callback(os.close, child_data)
             ours.callback(os.close, data)
-            tracker = resource_tracker.getfd()
+            client = theirs.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(_LONGEST_FORK)
+            client.connect(self._address)  # last: a server to which nothing is sent then breaks off
+            client.setblocking(True)
             reduction.sendfds(client, [child_data, child_status, unused, tracker, *descriptors])  # type: ignore[list-item]
             ours.pop_all()
         return status, data
@@ -173,6 +181,8 @@ class ForkServer:
         self.is_ready = False
         self.answer = None
         if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, SIGKILL)  # with what its modules have started
             self._process.kill()
             self._wait()
         self._descriptors.close()

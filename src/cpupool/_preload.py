@@ -53,6 +53,7 @@ def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], pre
             pipe.flush()
             sys.exit(1)
         importlib.import_module(f"{__package__}._child")  # every worker needs it
+        _settling.reset_signals()  # whatever the modules have made of them: the server waits for SIGCHLD
         gc.collect()
         gc.freeze()  # the collector leaves alone what was imported: its pages stay shared
         pipe.write(encode_frame(Kind.READY))

@@ -66,6 +66,7 @@ class WorkerProcess:
         """
         self._pidfd: int | None = None
         self._is_forgotten = False
+        self._is_status_lost = False
         self._descriptors = contextlib.ExitStack()
         with contextlib.ExitStack() as theirs:
             try:
@@ -86,6 +87,7 @@ class WorkerProcess:
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):  # gone already, or a kernel without it
                 self._pidfd = os.pidfd_open(self.pid)
+        self._watched_pid = self._pidfd is not None
 
     def _open_descriptors(self, theirs: contextlib.ExitStack) -> tuple[socket.socket, int, int]:
         """Open both ends of everything; return the worker's, which `theirs` closes here."""
@@ -118,13 +120,22 @@ class WorkerProcess:
         self._pidfd = None
         return True
 
+    @property
+    def has_ended(self) -> bool:
+        """True if it is known to have ended, though perhaps not how."""
+        return self._watched_pid and self._pidfd is None
+
+    def give_up_status(self) -> None:
+        """Wait for the exit status no longer: the fork server does not report it."""
+        self._is_status_lost = True
+
     def poll(self) -> int | None:
         """Return the exit status, or None while the process has not ended.
 
         A negative one is the signal that ended it; `UNKNOWN_STATUS` says that nobody could learn it.
         """
         status: int | None = self._process.exitcode
-        return status
+        return _status.UNKNOWN_STATUS if status is None and self._is_status_lost else status
 
     def last_task_id(self) -> int:
         """Return the id of the task that the worker last picked up, 0 if none; true after its death too."""
@@ -270,7 +281,7 @@ def _forget_all() -> None:
         process.forget()
     _live.clear()
     _forget_fork_server()
-    multiprocessing.process.current_process()._config.pop("tempdir", None)  # the parent removes it at its end
+    multiprocessing.process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]  # the parent's
 
 
 def _forget_fork_server() -> None:

@@ -72,7 +72,7 @@ class WorkerStarter:
             settings.initargs,
             settings.finalizer,
             settings.serializer,
-            weighs_itself=settings.max_memory_per_child is not None,
+            weighs_itself=(settings.max_memory_per_child or settings.hard_memory_per_child) is not None,
         )
         name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
         with _main_module_with_file():

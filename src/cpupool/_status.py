@@ -28,6 +28,9 @@ STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)
 # often registered for one of them, and that would take the interrupt away.
 INTERRUPT_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
+# Signals that end a process and that others send; the rest are crashes.
+SENT_BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+
 UNKNOWN_STATUS = 256  # as an exit status: it could not be learnt; no process can exit with it
 
 # What faulthandler writes begins with the second, at a crash with the first.

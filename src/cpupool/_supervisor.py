@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ._starting import WorkerStarter
     from ._waiting import Ticket
 
+LONGEST_REPORT = 1.0  # seconds that a fork server has to report how an ended worker has ended
 LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
 
 
@@ -170,9 +171,9 @@ class Supervisor:
             self._close_worker(worker)
         elif worker in self._crew.workers and heir is not None and worker.deadline == math.inf:
             worker.deadline = time.monotonic() + min(self._settings.grace, LONGEST_EXIT)  # its own end says more
-        elif worker in self._crew.workers:
+        elif worker in self._crew.workers and not worker.process.has_ended:
             self._crew.kill(worker)
-        elif heir is not None:
+        elif worker not in self._crew.workers and heir is not None:
             heir.settle(
                 error=PoolBroken("this call was made by the parent of this forked process, and is the parent's")
             )
@@ -244,6 +245,11 @@ class Supervisor:
         self._memory_guard.enforce_limit(now)
         for worker in list(self._crew.workers):
             if worker.deadline <= now:
+                if worker.process.has_ended:
+                    self._crew.unwatch_end(worker)
+                    worker.process.give_up_status()
+                    self._end(worker)
+                    continue
                 if worker.state is State.STARTING:
                     if self._births.is_asked_for_stack(worker):
                         continue
@@ -277,10 +283,10 @@ class Supervisor:
         self._crew.unwatch_end(worker)
         if worker.state is State.STARTING:
             self._births.hear_last_words(worker)
-        if worker.state in (State.STARTING, State.READY, State.RECOVERING):
-            process.kill()  # what it has started must not outlive it
+        process.kill()  # what it has started must not outlive it
         if process.poll() is None and process.stop_watching_pid():
             self._crew.watch_end(worker, self._on_end)
+            worker.deadline = time.monotonic() + LONGEST_REPORT
         else:
             self._end(worker)
 
