@@ -677,3 +677,49 @@ def mixed(kind: int, number: int) -> int:
 def get_preloaded_pid() -> int:
     pid: int = sys.modules["preloaded"].pid
     return pid
+
+
+def start_child(path: str) -> None:
+    Path(path).write_text(str(subprocess.Popen(["sleep", "3600"]).pid))
+
+
+def leave_daemon(path: str) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        time.sleep(3600)
+        os._exit(0)
+    Path(path).write_text(str(pid))
+
+
+def sleep_half_a_second() -> None:
+    time.sleep(0.5)
+
+
+def swallow_interrupts_for(seconds: float, path: str) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(cpupool.TaskInterrupted):
+            time.sleep(max(end - time.monotonic(), 0))
+    Path(path).write_text(str(time.monotonic()))
+
+
+def leak_and_spin(size: int, fifo: str) -> None:
+    leak(size)
+    report_begin(fifo, spin_forever)
+
+
+def grow_when_interrupted(size: int, path: str) -> None:
+    try:
+        spin_forever()
+    except cpupool.TaskInterrupted:
+        Path(path).write_text(str(os.getpid()))
+        leak(size)
+        time.sleep(3600)
+
+
+def initialize_slowly(count: str) -> None:
+    """An initializer that takes the second worker longer."""
+    append_line(count)
+    if len(Path(count).read_text().split()) > 1:
+        time.sleep(0.7)

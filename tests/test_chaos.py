@@ -43,15 +43,20 @@ class Killer:
             workers = list(set(self._pool._supervisor._crew.workers))
             if not workers:
                 continue
-            process = self._random.choice(workers).process
             kind = self._random.choice(["SIGKILL", "SIGTERM", "SIGSTOP"])
             try:
-                signal.pidfd_send_signal(process.sentinel, signal.Signals[kind])  # its number may be another's by now
+                pidfd = os.pidfd_open(self._random.choice(workers).process.pid)
+            except ProcessLookupError:
+                continue
+            try:
+                signal.pidfd_send_signal(pidfd, signal.Signals[kind])
                 if kind == "SIGSTOP":
                     self._is_over.wait(self._random.uniform(0, 0.03))
-                    signal.pidfd_send_signal(process.sentinel, signal.SIGKILL)
-            except (OSError, ValueError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except ProcessLookupError:
                 continue  # it has ended
+            finally:
+                os.close(pidfd)
             self.sent[kind] += 1
 
 

@@ -96,7 +96,7 @@ def parameters() -> Iterator[Any]:
         for suite in SUITES:
             for name in unittest.TestLoader().getTestCaseNames(make_case(suite, method)):
                 test = f"{suite}.{name}"
-                marks = [pytest.mark.slow] if method != "forkserver" else []  # they take a minute and more
+                marks = [pytest.mark.slow]  # they take half a minute and more for each method
                 reason = DOES_NOT_APPLY.get(test) or (ONLY_WITH_FORK.get(test) if method == "fork" else None)
                 if reason:
                     marks.append(pytest.mark.skip(reason=reason))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +87,10 @@ def test_overrides_win_and_spare_their_variables(monkeypatch: pytest.MonkeyPatch
         ("initializer", "load", "like 'package.module:function'"),
         ("initializer", "tasks:nothing", "it cannot be imported"),
         ("initializer", "no_such_module:nothing", "it cannot be imported"),
-        ("initializer", "tasks:sys", "initializer must be callable"),
+        ("initializer", "os:environ", "it is no function"),
+        ("initializer", "raises:load", "it cannot be imported: no configuration"),
+        ("max_memory_per_child", "1.5", "it must be a whole number of bytes"),
+        ("max_memory_per_child", "9" * 400, "that is more memory than there is"),
         ("initargs", "model.bin", "it must be a JSON array"),
         ("initargs", '{"a": 1}', "it must be a JSON array"),
         ("env", '{"A": 1}', "it must be a JSON object of strings"),
@@ -94,7 +98,11 @@ def test_overrides_win_and_spare_their_variables(monkeypatch: pytest.MonkeyPatch
         ("serializer", "json", "serializer must be one of"),
     ],
 )
-def test_a_bad_value_names_its_variable(setting: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_value_names_its_variable(
+    setting: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no configuration')")
+    monkeypatch.syspath_prepend(tmp_path)
     variable = f"CPUPOOL_{setting.upper()}"
     monkeypatch.setenv(variable, text)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is looked at
@@ -106,5 +114,7 @@ def test_a_bad_value_names_its_variable(setting: str, text: str, message: str, m
 def test_settings_that_contradict_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPUPOOL_MIN_WORKERS", "5")
     settings: dict[str, Any] = {"max_workers": 2}
-    with pytest.raises(ValueError, match="min_workers is 5, more than max_workers"):
+    with pytest.raises(ValueError, match=r"min_workers is 5, more than max_workers.*CPUPOOL_MIN_WORKERS"):
         CpuPool.from_env(**settings)
+    monkeypatch.setenv("CPUPOOL_MAX_WORKERS", "none")
+    assert CpuPool.from_env().max_workers >= 5

@@ -8,8 +8,11 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ import pytest
 
 import cpupool
 import tasks
-from conftest import RunScript, wait_until_gone
+from conftest import RunScript, environment, is_gone, wait_until_gone
 from cpupool import CpuPool, InitializerFailed, PoolBroken, WorkerDied
 from cpupool._births import _vary
+from cpupool._memory import OomWitness
 
 pytestmark = pytest.mark.anyio
 
@@ -296,6 +300,133 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr) == ("interrupted\n1\n", "")
 
 
+def test_what_preloaded_modules_set_in_the_environment_stays(module_folder: Path) -> None:
+    (module_folder / "setting.py").write_text("import os; os.environ['CPUPOOL_TEST_SET'] = 'by the module'")
+    with CpuPool(1, preload=("setting",), env={"CPUPOOL_TEST_ENV": "by the pool"}) as pool:
+        names = ("CPUPOOL_TEST_SET", "CPUPOOL_TEST_ENV", "OMP_NUM_THREADS")
+        found = pool.run_sync(tasks.get_environment, names)
+    assert list(found.values())[:2] == ["by the module", "by the pool"]
+    assert found["OMP_NUM_THREADS"] is not None
+
+
+def test_changes_of_the_program_s_environment_reach_later_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPUPOOL_TEST_GOES", "soon")
+    monkeypatch.delenv("CPUPOOL_TEST_COMES", raising=False)
+    names = ("CPUPOOL_TEST_GOES", "CPUPOOL_TEST_COMES")
+    with CpuPool(1, max_tasks_per_child=1) as pool:
+        assert list(pool.run_sync(tasks.get_environment, names).values()) == ["soon", None]
+        monkeypatch.delenv("CPUPOOL_TEST_GOES")
+        monkeypatch.setenv("CPUPOOL_TEST_COMES", "later")
+        pool.run_sync(tasks.add, 1)  # its worker may have started before
+        assert list(pool.run_sync(tasks.get_environment, names).values()) == [None, "later"]
+
+
+def test_preloaded_modules_that_block_signals_hang_nobody(module_folder: Path) -> None:
+    """The server learns by SIGCHLD how a worker ended."""
+    (module_folder / "blocking.py").write_text("""
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+""")
+    with CpuPool(1, preload=("blocking",)) as pool:
+        with pytest.raises(WorkerDied, match="exited with status 7"):
+            pool.run_sync(tasks.exit_at_once, 7)
+        assert pool.run_sync(tasks.describe_signals)["blocked"] == 0
+
+
+def test_what_preloaded_modules_started_ends_with_the_pool(module_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    (module_folder / "starting.py").write_text(f"""
+import pathlib, subprocess
+pathlib.Path({str(path)!r}).write_text(str(subprocess.Popen(["sleep", "3600"]).pid))
+""")
+    with CpuPool(1, preload=("starting",)):
+        child = int(path.read_text())
+    wait_until_gone(child, seconds=2)
+
+
+def test_what_a_task_started_ends_with_its_worker_even_in_peace(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with CpuPool(1) as pool:
+        pool.run_sync(tasks.start_child, str(path))
+    wait_until_gone(int(path.read_text()), seconds=2)
+
+
+def test_a_stopped_fork_server_is_replaced_and_timeouts_hold_afterwards() -> None:
+    with CpuPool(2) as pool:
+        server = pool._supervisor._births._starter.server
+        assert server is not None
+        assert server._process is not None
+        os.kill(server._process.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerDied) as caught:
+            pool.run_sync(tasks.exit_at_once, 7)
+        assert (caught.value.exitcode, caught.value.oom) == (None, None), "nobody could learn it"
+        assert pool.run_sync(tasks.add, 1) == 1
+        with pytest.raises(cpupool.TaskTimeout):
+            pool.options(timeout=0.1).run_sync(tasks.sleep_long)
+
+
+def test_a_fork_server_killed_while_it_imports_is_started_again(module_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pids"
+    (module_folder / "dying.py").write_text(f"import tasks; tasks.die_the_first_time({str(path)!r})")
+    with CpuPool(1, preload=("dying",)) as pool:
+        assert pool.run_sync(tasks.add, 1) == 1
+    assert len(path.read_text().split()) == 2
+
+
+def test_a_daemon_that_a_task_left_does_not_keep_the_fork_server(tmp_path: Path) -> None:
+    script, path = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text("""
+import sys
+import cpupool, tasks
+if __name__ == "__main__":
+    pool = cpupool.CpuPool(1, preload=("json",))
+    pool.run_sync(tasks.leave_daemon, sys.argv[1])
+    print("left", flush=True)
+    tasks.sleep_long()
+""")
+    command = [sys.executable, str(script), str(path)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        daemon = int(path.read_text())
+        descendants = psutil.Process(parent.pid).children(recursive=True)
+        # multiprocessing's resource tracker serves all processes of a program, and outlives the last
+        mortal = [each.pid for each in descendants if "resource_tracker" not in " ".join(each.cmdline())]
+        assert len(mortal) == 3, "server, worker and daemon"
+        try:
+            parent.kill()
+            wait_until_gone(*(set(mortal) - {daemon}), seconds=1)
+            assert not is_gone(daemon)
+        finally:
+            os.kill(daemon, signal.SIGKILL)
+
+
+def test_a_daemon_whose_parent_ends_first_can_start_workers(tmp_path: Path) -> None:
+    """Its temporary folder is its own: the parent removes the one they had."""
+    fifo, script = tmp_path / "fifo", tmp_path / "daemon.py"
+    os.mkfifo(fifo)
+    script.write_text("""
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool, tasks
+if __name__ == "__main__":
+    pool = cpupool.CpuPool(1)
+    pool.run_sync(tasks.add, 1)
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(writer)
+        os.read(reader, 1)  # the end of the parent
+        answer = pool.run_sync(tasks.add, 20, 1)
+        pool.close()
+        with open(sys.argv[1], "w") as fifo:
+            fifo.write(str(answer))
+        os._exit(0)
+""")
+    with subprocess.Popen([sys.executable, str(script), str(fifo)], env=environment()):
+        assert fifo.read_text() == "21"
+
+
 # --- finalizer ---
 
 
@@ -418,6 +549,20 @@ async def test_c4_when_the_last_worker_dies_behind_an_open_breaker_nobody_waits(
         assert time.monotonic() - start < 0.5
 
 
+def test_c4_the_pause_between_tries_is_bounded_however_long_it_lasts() -> None:
+    births = CpuPool(1)._supervisor._births
+    for _ in range(2000):
+        births._put_off()
+    assert 29 < births._again_at - time.monotonic() <= 30
+
+
+def test_c4_a_worker_too_large_for_any_task_is_reported_as_such() -> None:
+    pool = CpuPool(1, initializer=tasks.leak, initargs=(200_000_000,), hard_memory_per_child=100_000_000)
+    with pytest.raises(PoolBroken, match="before its first task, more than hard_memory_per_child"):
+        pool.run_sync(tasks.add, 1)
+    pool.close()
+
+
 # --- C5: replacement ---
 
 
@@ -515,6 +660,66 @@ async def test_c5_a_worker_that_is_too_large_serves_until_its_successor_is_ready
         assert await pool.run(tasks.get_pid) != old
 
 
+async def test_c5_a_worker_stays_while_its_successor_cannot_start(tmp_path: Path) -> None:
+    """Nor does anybody who waits hear of it: the old worker serves."""
+    flag, count = tmp_path / "flag", tmp_path / "count"
+    async with CpuPool(
+        1, max_memory_per_child=100_000_000, initializer=tasks.fail_while, initargs=(str(flag), str(count))
+    ) as pool:
+        flag.touch()
+        old = await pool.run(tasks.leak, 150_000_000)
+        births = pool._supervisor._births
+        with anyio.fail_after(10):
+            while births._failures < 2:
+                async with anyio.create_task_group() as group:
+                    for _ in range(3):
+                        group.start_soon(pool.run, tasks.busy, 0.001)
+        assert await pool.run(tasks.get_pid) == old
+        flag.unlink()
+        await until(lambda: workers_of(pool).isdisjoint({old}))
+        assert await pool.run(tasks.get_pid) != old
+
+
+def test_c5_workers_that_leave_slowly_do_not_pile_up() -> None:
+    with CpuPool(2, max_tasks_per_child=1, finalizer=tasks.sleep_half_a_second, grace=5) as pool:
+        most = 0
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            pool.run_sync(tasks.add, 1)
+            most = max(most, len(workers_of(pool)))
+        assert most <= 3 * 2
+
+
+async def test_c5_a_task_that_was_given_up_counts_until_it_has_ended(tmp_path: Path) -> None:
+    """Its successor is ready, but one task at a time is what `max_workers=1` says."""
+    times = tmp_path / "times"
+    async with CpuPool(1, max_tasks_per_child=1, grace=60) as pool:
+        with anyio.move_on_after(0.2):
+            await pool.run(tasks.swallow_interrupts_for, 0.8, str(times))
+        begun = await pool.run(time.monotonic)
+    assert float(times.read_text()) <= begun
+
+
+async def test_c5_a_worker_that_grew_in_a_task_given_up_is_replaced(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with CpuPool(1, max_memory_per_child=100_000_000, grace=60) as pool:
+        (old,) = workers_of(pool)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.run, tasks.leak_and_spin, 150_000_000, str(fifo))
+            await anyio.to_thread.run_sync(fifo.read_text)
+            group.cancel_scope.cancel()
+        await until(lambda: workers_of(pool).isdisjoint({old}))
+
+
+def test_c5_a_limit_below_what_every_worker_holds_is_pointed_out_once(caplog: pytest.LogCaptureFixture) -> None:
+    with CpuPool(1, max_memory_per_child=1_000_000) as pool:
+        for _ in range(3):
+            pool.run_sync(tasks.add, 1)
+    (record,) = [record for record in caplog.records if record.name == "cpupool"]
+    assert "before its first task, more than max_memory_per_child allows" in record.getMessage()
+
+
 # --- C6: memory that a task must not have ---
 
 
@@ -538,6 +743,32 @@ async def test_c6_a_task_that_takes_too_much_memory_fails_alone(tmp_path: Path) 
         assert await pool.run(tasks.add, 1) == 1
         gate.open()
     assert len(other) == 1
+
+
+async def test_c6_the_limit_holds_for_a_task_that_was_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    async with CpuPool(1, hard_memory_per_child=150_000_000, grace=60) as pool:
+        with anyio.move_on_after(0.3):
+            await pool.run(tasks.grow_when_interrupted, 300_000_000, str(path))
+        await until(lambda: path.exists() and path.read_text())
+        await anyio.to_thread.run_sync(wait_until_gone, int(path.read_text()))
+        assert await pool.run(tasks.add, 1) == 1
+
+
+def test_c6_kills_counted_long_ago_explain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, now = [3], [100.0]
+    monkeypatch.setattr("cpupool._memory.count_oom_kills", lambda: counts[0])
+    witness = OomWitness()
+    monkeypatch.setattr("cpupool._memory.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    witness.look()
+    assert witness.was_oom_kill() is False
+    counts[0] = 5
+    witness.look()
+    assert [witness.was_oom_kill() for _ in range(3)] == [True, True, False], "two were killed at once"
+    counts[0] = 6
+    witness.look()
+    now[0] += 2
+    assert witness.was_oom_kill() is False
 
 
 async def test_c6_memory_is_looked_at_only_while_a_task_runs() -> None:
@@ -638,6 +869,30 @@ async def test_idle_workers_leave_down_to_the_least_and_come_back_on_demand(tmp_
         assert len(workers_of(pool)) == 4
 
 
+def test_a_warm_up_keeps_idle_workers(tmp_path: Path) -> None:
+    """The first to be ready has nothing to do for longer than the timeout, until the last is ready."""
+    with CpuPool(2, idle_timeout=0.2, initializer=tasks.initialize_slowly, initargs=(str(tmp_path / "count"),)) as pool:
+        assert "2 idle" in repr(pool)
+
+
+def test_a_pool_that_has_shrunk_can_be_warmed_up_again() -> None:
+    async def use() -> None:
+        async with CpuPool(3, idle_timeout=0.2, min_workers=1) as pool:
+            await until(lambda: len(workers_of(pool)) == 1)
+            with anyio.fail_after(10):
+                await pool.warm_up()
+            assert "3 idle" in repr(pool)
+
+    asyncio.run(use())
+
+
+def test_waiting_for_idle_workers_costs_nothing_while_they_are_busy() -> None:
+    with CpuPool(1, idle_timeout=0) as pool:
+        before = time.process_time()
+        pool.run_sync(time.sleep, 0.5)
+        assert time.process_time() - before < 0.25
+
+
 async def test_a_busy_worker_is_not_idle() -> None:
     async with CpuPool(1, idle_timeout=0.1) as pool:
         pid = await pool.run(tasks.get_pid)
@@ -720,7 +975,7 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr) == ("2 3000000\n2 3000000\n", "")
 
 
-@pytest.mark.parametrize("form", ["tiny", "absent"])
+@pytest.mark.parametrize("form", ["tiny", "read-only"])
 def test_c12_it_works_with_hardly_any_shared_memory(form: str, run_script: RunScript) -> None:
     """In a mount namespace of the script's own."""
     done = run_script(
@@ -801,6 +1056,44 @@ async def test_cloudpickle_sends_what_has_no_name() -> None:
             await pool.run(fail)
         with pytest.raises(cpupool.TaskNotPicklable, match="argument 1"):
             await pool.run(tasks.return_it, (each for each in "abc"))
+
+
+def test_cloudpickle_leaves_to_the_main_module_what_workers_import(run_script: RunScript) -> None:
+    """Else each call would bring globals of its own along, and not see what the initializer has set."""
+    done = run_script("""
+import cpupool
+
+words = set()
+
+def load(text):
+    words.update(text.split())
+
+def is_known(word):
+    return word in words
+
+class Word:
+    pass
+
+if __name__ == "__main__":
+    with cpupool.CpuPool(1, serializer="cloudpickle", initializer=load, initargs=("red green",)) as pool:
+        print(pool.run_sync(is_known, "green"), pool.run_sync(lambda: is_known("red")))
+        print(type(pool.run_sync(Word)) is Word)
+""")
+    assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
+
+
+def test_cloudpickle_sends_an_initializer_s_own_exception() -> None:
+    class LocalError(Exception):
+        pass
+
+    def fail() -> None:
+        raise LocalError("no model")
+
+    pool = CpuPool(1, serializer="cloudpickle", initializer=fail)
+    with pytest.raises(InitializerFailed) as caught:
+        pool.run_sync(tasks.add, 1)
+    assert type(caught.value.__cause__) is LocalError
+    pool.close()
 
 
 def test_cloudpickle_sends_functions_of_a_program_without_a_file(run_script: RunScript) -> None:

@@ -302,7 +302,7 @@ UNGUARDED = {
 import asyncio
 
 async def main():
-    async with cpupool.CpuPool(2, mp_context=sys.argv[1]) as pool:
+    async with cpupool.CpuPool(2, **how) as pool:
         await pool.run(abs, -1)
 
 asyncio.run(main())
@@ -319,13 +319,14 @@ asyncio.run(main())
 }
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "preload"])
 @pytest.mark.parametrize("form", UNGUARDED)
 def test_c9_a_missing_guard_is_one_clear_error(form: str, method: str, run_script: RunScript) -> None:
     head = """
 import sys, cpupool
 print('main runs', file=sys.stderr)
-cpupool.configure_default(mp_context=sys.argv[1])
+how = {"preload": ("json",)} if sys.argv[1] == "preload" else {"mp_context": sys.argv[1]}
+cpupool.configure_default(**how)
 """
     done = run_script(head + UNGUARDED[form], method, timeout=20)
     assert done.returncode == 1

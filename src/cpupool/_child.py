@@ -64,7 +64,7 @@ class Duties:
 
 
 class Setup:
-    """What a new worker is given: its descriptors, its environment and its duties.
+    """What a new worker is given: its descriptors, the changes to its environment, and its duties.
 
     It is pickled while multiprocessing starts the process, so locks and queues may be among the duties' `initargs`.
     But these go into `pickled_duties`, which the pool sends over the channel: multiprocessing would block its caller
@@ -72,15 +72,15 @@ class Setup:
     pool like an error of the initializer.
     """
 
-    __slots__ = ("channel", "duties", "environment", "liveness", "pickled_duties", "status")
+    __slots__ = ("changes", "channel", "duties", "liveness", "pickled_duties", "status")
 
     def __init__(
-        self, channel: socket.socket, liveness: int, status: int, environment: Mapping[str, str], duties: Duties
+        self, channel: socket.socket, liveness: int, status: int, changes: Mapping[str, str | None], duties: Duties
     ) -> None:
         self.channel = channel
         self.liveness = liveness
         self.status = status
-        self.environment = environment
+        self.changes = changes
         self.duties = duties
         self.pickled_duties: bytes | None = None
 
@@ -91,7 +91,7 @@ class Setup:
     def settle_in(self) -> None:
         """Do in a forked process what it would otherwise have done earlier."""
         atexit._clear()  # these are the parent's
-        _settling.begin_life("", None, self.environment, self.liveness)
+        _settling.begin_life("", None, self.changes, self.liveness)
 
     def receive_duties(self, _: FrameDecoder) -> Duties:
         return self.duties
@@ -178,6 +178,7 @@ def _finalize(finalizer: Callable[[], object]) -> None:
         import traceback
 
         with contextlib.suppress(Exception):  # standard error may be closed
+            print(f"cpupool: the finalizer failed in worker {os.getpid()}", file=sys.stderr)
             traceback.print_exc()
 
 

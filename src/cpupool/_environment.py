@@ -67,6 +67,8 @@ def _bytes(text: str) -> int:
     number, letter, suffix = match.groups()
     base = 1000 if (suffix or "").upper() == "B" else 1024
     size = float(number) * base ** _POWERS[letter.upper()]
+    if size >= 2**63:
+        raise ValueError("that is more memory than there is")
     if not size.is_integer() and not letter:
         raise ValueError("it must be a whole number of bytes")
     return int(size)
@@ -82,6 +84,8 @@ def _function(text: str) -> Callable[..., object]:
             found = getattr(found, part)
     except Exception as error:  # the module's own code runs
         raise ValueError(f"it cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError("it is no function")  # and is not shown: it may be a secret
     function: Callable[..., object] = found
     return function
 

@@ -376,7 +376,9 @@ def decode_error(body: memoryview | bytes, task: str) -> BaseException:
     elif stage == STAGE_ARGUMENTS:
         advice = (
             "It was pickled here but could not be rebuilt in the worker: the worker must be able to import the module "
-            "it is defined in (a function typed into an interactive session, or given with -c, has none)."
+            "it is defined in. A function typed into an interactive session, or given with -c, has none; and the main "
+            "module of a package (python -m package) or of a zip file is not imported there. Move it to another "
+            "module, or let the pool send the code itself, with serializer='cloudpickle'."
         )
         error = TaskNotPicklable(task, "the function or an argument", f"{type_name}: {text}", advice)
     else:

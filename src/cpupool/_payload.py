@@ -6,7 +6,10 @@ travel beside the pickle, have one place to go.  It runs in the workers too: std
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,11 +42,51 @@ def dumps(value: object) -> bytes:
 
 
 def _dumps_by_value(value: object) -> bytes:
-    """Pickle `value`, and with it the code of functions and classes that cannot be imported by their names."""
-    import cloudpickle
+    """Pickle `value`, and with it the code of functions and classes that workers cannot import by their names."""
+    file = io.BytesIO()
+    _make_pickler(file).dump(value)
+    return file.getvalue()
 
-    pickled: bytes = cloudpickle.dumps(value, PROTOCOL)
-    return pickled
+
+def _make_pickler(file: io.BytesIO) -> Any:
+    """Make a pickler of cloudpickle's, but with one difference.
+
+    It takes the code of all that the main module defines along.  Workers import that module, if it has a file; what
+    their initializer has set there, a copy of the code with globals of its own would not see.
+    """
+    global _pickler_type  # noqa: PLW0603  # made once
+    if _pickler_type is None:
+        import cloudpickle
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+            def reducer_override(self, value: Any) -> Any:
+                if getattr(value, "__module__", None) == "__main__" and _workers_import(value):
+                    return NotImplemented  # as plain pickle does
+                return super().reducer_override(value)
+
+        _pickler_type = Pickler
+    return _pickler_type(file, PROTOCOL)
+
+
+_pickler_type: Any = None
+
+
+def _workers_import(value: object) -> bool:
+    """Return True if a worker finds `value`, of the main module, in its own main module, under its name."""
+    import types
+
+    if not isinstance(value, type | types.FunctionType):
+        return False
+    main = sys.modules["__main__"]
+    module_name = getattr(main.__spec__, "name", None)  # if it was run by -m; then a package's __main__ is not imported
+    if module_name is None:
+        is_imported = os.path.exists(getattr(main, "__file__", None) or "")
+    else:
+        is_imported = module_name.rpartition(".")[2] != "__main__"
+    found: Any = main
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return is_imported and found is value
 
 
 def dumps_for_start(value: object, serializer: str) -> bytes:
@@ -53,12 +96,9 @@ def dumps_for_start(value: object, serializer: str) -> bytes:
     if serializer == "pickle":
         return bytes(ForkingPickler.dumps(value, PROTOCOL))
     import collections
-    import io
-
-    import cloudpickle
 
     file = io.BytesIO()
-    pickler = cloudpickle.Pickler(file, PROTOCOL)
+    pickler = _make_pickler(file)
     pickler.dispatch_table = collections.ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
     pickler.dump(value)
     return file.getvalue()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import os
 import sys
 
 from . import _roles, _settling
@@ -35,7 +34,7 @@ def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], pre
     """
     from multiprocessing import forkserver, process, spawn
 
-    _settling.begin_life("", None, os.environ, liveness)
+    _settling.begin_life("", None, {}, liveness)
     if MAIN not in modules:
         preparation = {name: value for name, value in preparation.items() if not name.startswith("init_main_from_")}
     with open(answer, "wb") as pipe, contextlib.suppress(BrokenPipeError):

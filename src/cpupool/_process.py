@@ -57,8 +57,10 @@ class WorkerProcess:
         pickled_duties: what has to be sent to it first; None for a forked one, which has it.
     """
 
-    def __init__(self, context: BaseContext, name: str, environment: Mapping[str, str], duties: _child.Duties) -> None:
-        """Start the process; `environment` is the whole of its own.
+    def __init__(
+        self, context: BaseContext, name: str, changes: Mapping[str, str | None], duties: _child.Duties
+    ) -> None:
+        """Start the process; `changes` are those to its environment, as in `begin_life`.
 
         Raises:
             OSError: no process or descriptor is to be had.
@@ -71,10 +73,10 @@ class WorkerProcess:
         with contextlib.ExitStack() as theirs:
             try:
                 channel, liveness, status = self._open_descriptors(theirs)
-                setup = _child.Setup(channel, liveness, status, environment, duties)
+                setup = _child.Setup(channel, liveness, status, changes, duties)
                 process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
                 self._process = process_type(target=_child.main, args=(setup,), daemon=False)
-                self._process.name = _NameThatBeginsLife(name, environment, liveness)
+                self._process.name = _NameThatBeginsLife(name, changes, liveness)
                 _live.add(self)
                 self._process.start()
                 self.pickled_duties = setup.pickled_duties
@@ -235,12 +237,12 @@ class _NameThatBeginsLife(str):
     """
 
     __slots__ = ("_arguments", "_has_travelled")
-    _arguments: tuple[Mapping[str, str], int]
+    _arguments: tuple[Mapping[str, str | None], int]
     _has_travelled: bool
 
-    def __new__(cls, name: str, environment: Mapping[str, str], liveness: int) -> _NameThatBeginsLife:
+    def __new__(cls, name: str, changes: Mapping[str, str | None], liveness: int) -> _NameThatBeginsLife:
         self = str.__new__(cls, name)
-        self._arguments = environment, liveness
+        self._arguments = changes, liveness
         self._has_travelled = False
         return self
 
@@ -248,12 +250,12 @@ class _NameThatBeginsLife(str):
         if self._has_travelled:
             return str, (str(self),)  # multiprocessing pickles it once more, with the process
         self._has_travelled = True
-        environment, liveness = self._arguments
+        changes, liveness = self._arguments
         call = (
             "__import__('types').FunctionType(__import__('marshal').loads(code), {'__builtins__': __builtins__})"
             "(*arguments)"
         )
-        arguments = str(self), _main_path_without_file(), dict(environment), _child.TravellingFd(liveness)
+        arguments = str(self), _main_path_without_file(), dict(changes), _child.TravellingFd(liveness)
         return eval, (call, {"code": marshal.dumps(_settling.begin_life.__code__), "arguments": arguments})
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Threads that numerical libraries start for themselves; each reads its variable once, when it is imported.
+OPENMP = "OMP_NUM_THREADS"
 THREAD_LIMIT_VARIABLES = (
-    "OMP_NUM_THREADS",
+    OPENMP,
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
@@ -29,7 +30,7 @@ THREAD_LIMIT_VARIABLES = (
 )
 
 
-def begin_life(name: str, main: str | None, environment: Mapping[str, str], liveness: int) -> str:
+def begin_life(name: str, main: str | None, changes: Mapping[str, str | None], liveness: int) -> str:
     """Do what must be done before the user's main module is imported; return `name`.
 
     Its code travels alone into a new process, before this package can be imported there, so it uses nothing of this
@@ -40,8 +41,8 @@ def begin_life(name: str, main: str | None, environment: Mapping[str, str], live
     - The kernel ends it when the pool's process is gone, even in C code that holds the GIL.  `liveness` is the read
       end of a pipe whose write end only that process holds.  On Linux its end of file is turned into SIGKILL, which no
       task can block or ignore.  Elsewhere a thread waits for it.
-    - It has the environment that the pool gives it.  The main module is where NumPy is usually imported, which reads
-      its thread limits then; and a fork server's own environment is as old as the server.
+    - It makes the changes to its environment that the pool wants; None removes a variable.  The main module is where
+      NumPy is usually imported, which reads its thread limits then; and a fork server's environment is as old as it is.
     - A main module that has no file (a program read from standard input) is not imported again: with `main` as its
       path it looks to multiprocessing as if it had been.
     """
@@ -69,9 +70,11 @@ def begin_life(name: str, main: str | None, environment: Mapping[str, str], live
             os._exit(1)
     else:
         threading.Thread(target=exit_at_end_of_file, name="cpupool-liveness", daemon=True).start()
-    for variable in os.environ.keys() - environment.keys():
-        del os.environ[variable]
-    os.environ.update(environment)
+    for variable, value in changes.items():
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
     if main is not None:
         sys.modules["__main__"].__file__ = main
     return name

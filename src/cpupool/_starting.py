@@ -39,6 +39,7 @@ class WorkerStarter:
         self._threads = max(limits.suggest_workers() // self.max_workers, 1)
         self._context: BaseContext | ForkServer | None = None
         self._numbers = itertools.count(1)
+        self._server_environment: dict[str, str] = {}
         self.server: ForkServer | None = None
 
     def prepare(self) -> None:
@@ -58,7 +59,8 @@ class WorkerStarter:
 
     def start_server(self, server: ForkServer) -> int:
         """Start the server; its imports go on, and their outcome can be read from the descriptor that is returned."""
-        return server.start(self._environment())
+        self._server_environment = self._environment()
+        return server.start(self._server_environment)
 
     def __call__(self) -> WorkerProcess:
         """Start a worker process."""
@@ -76,16 +78,29 @@ class WorkerStarter:
         )
         name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
         with _main_module_with_file():
-            return WorkerProcess(self._context, name, self._environment(), duties)  # type: ignore[arg-type]
+            return WorkerProcess(self._context, name, self._changes(), duties)  # type: ignore[arg-type]
 
     def _environment(self) -> dict[str, str]:
         """Return a worker's environment: the program's, and each numerical library's share of the CPUs."""
-        from ._settling import THREAD_LIMIT_VARIABLES
+        from ._settling import OPENMP, THREAD_LIMIT_VARIABLES
 
         given = {**os.environ, **(self._settings.env or {})}
-        if "OMP_NUM_THREADS" in given:
-            return given  # which the other libraries follow, unless they are told more
-        return {**dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads)), **given}
+        limits = dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads))
+        if OPENMP in given:
+            limits = {}  # the other libraries follow it, unless they are told more
+        return {**limits, **given}
+
+    def _changes(self) -> dict[str, str | None]:
+        """Return what a new process must change in its environment; what preloaded modules have set in it stays."""
+        if self.server is not None:
+            before = self._server_environment
+        elif getattr(self._context, "_name", "") == "forkserver":
+            before = {}  # multiprocessing's server, of which nothing is known
+        else:
+            before = dict(os.environ)
+        after = self._environment()
+        changes: dict[str, str | None] = {name: value for name, value in after.items() if before.get(name) != value}
+        return changes | dict.fromkeys(before.keys() - after.keys())
 
     def close(self) -> None:
         """Stop the server, if there is one."""

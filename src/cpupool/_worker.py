@@ -241,6 +241,11 @@ class Worker:
         """True if its process may have ended by a SIGKILL, and not the pool's."""
         return not self.was_killed and self.process.poll() in (-signal.SIGKILL, UNKNOWN_STATUS)
 
+    def _was_oom_killed(self, *, is_known: bool) -> bool | None:
+        if self.oom or self.excess is not None:
+            return True
+        return self.oom if is_known or self.was_killed else None
+
     def death(self) -> Death:
         """Describe how the ended process ended."""
         status = self.process.poll()
@@ -254,6 +259,6 @@ class Worker:
             stack=self.process.take_stack(),
             last_task_id=self.process.last_task_id(),
             by_pool=self.was_killed and self.excess is None,
-            oom=True if self.excess is not None else self.oom,
+            oom=self._was_oom_killed(is_known=status is not None),
             excess=self.excess,
         )
