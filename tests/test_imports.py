@@ -38,7 +38,7 @@ LAYERS = [
     {"_process", "_fork_server", "_lease", "_dispatch"},
     {"_worker", "_starting"},
     {"_crew"},
-    {"_births", "_stopping", "_memory"},
+    {"_serving", "_births", "_stopping", "_memory"},
     {"_supervisor"},
     {"_call", "_driver", "_executor"},
     {"_pool", "_default"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import math
 import os
 import re
 import signal
@@ -298,6 +299,14 @@ if __name__ == "__main__":
     print(pool.run_sync(abs, -1))
 """)
     assert (done.stdout, done.stderr) == ("interrupted\n1\n", "")
+
+
+def test_a_start_may_take_any_time(module_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pids"
+    (module_folder / "noting.py").write_text(f"import tasks, time; tasks.append_line({str(path)!r}); time.sleep(0.2)")
+    with CpuPool(1, preload=("noting",), start_timeout=math.inf) as pool:
+        assert pool.run_sync(tasks.add, 1) == 1
+    assert len(path.read_text().split()) == 1
 
 
 def test_what_preloaded_modules_set_in_the_environment_stays(module_folder: Path) -> None:

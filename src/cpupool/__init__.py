@@ -14,8 +14,9 @@ the bottom up; imports point only downward:
                           one OS process; where it may come from; a call's claim on a worker; who gets which
     3  _worker _starting   one worker seen from the pool; starting one as the settings say
     4  _crew               the workers of a pool, and sleeping until one needs attention
-    5  _births _stopping _memory
-                          how workers become ready; how tasks are stopped; memory that they must not hold
+    5  _serving _births _stopping _memory
+                          keeping the fork server; how workers become ready; how tasks are stopped; memory that they
+                          must not hold
     6  _supervisor         the thread that does all that, and replaces and reaps
     7  _call _driver _executor
                           one call on its way; calls through concurrent.futures, and their thread

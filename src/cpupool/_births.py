@@ -20,6 +20,7 @@ from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError, encode_frame
+from ._serving import ServerKeeper
 from ._status import SENT_BY_OTHERS, STAGE_INITIALIZING
 from ._worker import State, Worker, WorkerGone
 
@@ -39,6 +40,9 @@ MAX_START_KILLS, MAX_START_DEATHS = 10, 3
 # Seconds between one failed start and the next; doubled each time.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
 
+# How it shows that a fork server has just ended, ours or multiprocessing's.
+_SERVER_GONE = (ConnectionError, EOFError, FileNotFoundError)
+
 _STACK_TIME = 0.05  # seconds that a worker whose initializer is overdue has to say where it is
 
 # Failed starts in a row after which the breaker opens.
@@ -53,6 +57,7 @@ class Births:
 
     Attributes:
         stopped: set it when no worker is to be started any more.
+        server: the fork server, if there is one.
     """
 
     def __init__(
@@ -74,15 +79,15 @@ class Births:
         self._delay = FIRST_DELAY
         self._again_at = 0.0
         self._last_error: Callable[[], BaseException] | None = None
-        self._server_deadline = math.inf
+        self.server = ServerKeeper(starter, crew, settings.start_timeout, self._on_start_error)
         self._has_warned = False
 
     def next_deadline(self) -> float:
         """Return when there is something to do."""
-        return self._server_deadline if self._server_is_starting else self._next_start()
+        return min(self.server.deadline, self._next_start())
 
     def _next_start(self) -> float:
-        if self.stopped or self._server_is_starting or not self._has_room() or not self._dispatcher.shortfall():
+        if self.stopped or self.server.is_starting or not self._has_room() or not self._dispatcher.shortfall():
             return math.inf
         return self._again_at
 
@@ -113,19 +118,13 @@ class Births:
         try:
             with starting_or_forking:
                 self._starter.prepare()
-                if not self._has_server():
+                if not self.server.is_ready():
                     return None
                 process = self._starter()
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # a fork server has just ended
-            self._starter.close()
-            self._deaths += 1
-            if self._deaths < MAX_START_KILLS:
-                self._again_at = time.monotonic() + FIRST_DELAY
-            else:
-                self._report_start_error(error)
-            return None
         except Exception as error:
-            self._report_start_error(error)
+            if isinstance(error, _SERVER_GONE):
+                self.server.close()
+            self._on_start_error(error)
             return None
         settings = self._settings
         worker = Worker(
@@ -142,69 +141,25 @@ class Births:
         self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)
         return worker
 
-    # --- the fork server of the pool's own, if it has one ---
-
-    def _has_server(self) -> bool:
-        """Return True if workers can be started; else start the server that they need."""
-        server = self._starter.server
-        if server is None or server.is_ready:
-            return True
-        answer = self._starter.start_server(server)
-        self._server_deadline = time.monotonic() + self._settings.start_timeout
-        self._crew.watch_descriptor(answer, self._on_server_answer)
-        return False
-
-    def stop_overdue_server(self, now: float) -> None:
-        """Stop the fork server if its imports take too long."""
-        if self._server_is_starting and now >= self._server_deadline:
-            self._stop_server()
-            timeout = self._settings.start_timeout
-            text = f"the imports to preload took longer than start_timeout ({timeout:g} s)"
-            self._report_start_error(TimeoutError(text))
-
-    @property
-    def _server_is_starting(self) -> bool:
-        return self._starter.server is not None and self._starter.server.answer is not None
-
-    def _on_server_answer(self) -> None:
-        server = self._starter.server
-        if server is None or server.answer is None:
+    def _on_start_error(self, error: Exception) -> None:
+        """Try again soon if a fork server has just ended; else tell those who wait."""
+        self._deaths += 1
+        if isinstance(error, _SERVER_GONE) and self._deaths < MAX_START_KILLS:
+            self._again_at = time.monotonic() + FIRST_DELAY
             return
-        answer = server.answer
-        try:
-            server.read_answer()
-        except Exception as error:
-            self._crew.unwatch_descriptor(answer)
-            server.stop()
-            self._deaths += 1
-            if isinstance(error, ConnectionError) and self._deaths < MAX_START_KILLS:
-                self._again_at = time.monotonic() + FIRST_DELAY
-            else:
-                self._report_start_error(error)
-        else:
-            if server.is_ready:
-                self._crew.unwatch_descriptor(answer)
-
-    def _stop_server(self) -> None:
-        server = self._starter.server
-        if server is not None and server.answer is not None:
-            self._crew.unwatch_descriptor(server.answer)
-        self._starter.close()
-
-    def close(self) -> None:
-        """Stop the server; there are no workers any more."""
-        self.stopped = True
-        self._stop_server()
-
-    # --- a worker's first words ---
-
-    def _report_start_error(self, error: Exception) -> None:
         self._deaths = 0
         text = f"no worker could be started: {type(error).__name__}: {error}"
         cause = error.__cause__
         if cause is not None:
             text += f" ({type(cause).__name__}: {cause})"
         self._fail(lambda: PoolBroken(text, error))
+
+    def close(self) -> None:
+        """Stop the fork server; there are no workers any more."""
+        self.stopped = True
+        self.server.close()
+
+    # --- a worker's first words ---
 
     def _on_channel(self, worker: Worker) -> None:
         """Send the rest of the initializer, and hear the worker's first words."""

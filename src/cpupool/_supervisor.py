@@ -203,7 +203,7 @@ class Supervisor:
                 self._carry_out_orders()
                 self._enforce_deadlines(time.monotonic())
                 self._dismiss_workers(time.monotonic())
-                self._births.stop_overdue_server(time.monotonic())
+                self._births.server.stop_overdue(time.monotonic())
                 self._births.refuse_while_broken()
                 if (worker := self._births.start_one_if_missing()) is not None:
                     self._crew.watch_end(worker, self._on_end)
