@@ -164,6 +164,15 @@ with cpupool.CpuPool(2, preload=("__main__",)) as pool:
     assert done.stderr.splitlines()[-1].startswith(("cpupool.PoolBroken", "if", "so that importing", "    "))
 
 
+def test_what_is_preloaded_is_shared_by_the_workers(module_folder: Path) -> None:
+    (module_folder / "big.py").write_text("data = bytearray(100_000_000)")
+    with CpuPool(2, preload=("big",)) as pool:
+        for pid in workers_of(pool):
+            memory = psutil.Process(pid).memory_full_info()
+            assert memory.rss > 100_000_000
+            assert memory.uss < 50_000_000, "most of it belongs to no worker alone"
+
+
 async def test_a_module_that_cannot_be_preloaded_is_named(module_folder: Path) -> None:
     (module_folder / "broken.py").write_text("import no_such_module")
     pool = CpuPool(1, preload=("json", "broken"))
