@@ -114,7 +114,7 @@ def wait_until_gone(*pids: int, seconds: float = 10) -> None:
         time.sleep(0.001)
 
 
-def _let_ctrl_c_through() -> None:
+def let_ctrl_c_through() -> None:
     """Programs that a shell runs in the background ignore Ctrl-C, and so would all that these tests start."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -141,7 +141,7 @@ def run_script(tmp_path: Path) -> RunScript:
             cwd=tmp_path,
             env=environment(),
             check=False,
-            preexec_fn=_let_ctrl_c_through,
+            preexec_fn=let_ctrl_c_through,
         )
 
     return run

@@ -9,6 +9,8 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +23,7 @@ import psutil
 import pytest
 
 import tasks
-from conftest import RunScript, is_gone, wait_until_gone
+from conftest import RunScript, environment, is_gone, let_ctrl_c_through, wait_until_gone
 from cpupool import CpuPool, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied, current_task
 from cpupool._worker import State
 
@@ -768,6 +770,59 @@ def test_an_idle_pool_does_not_wake_up() -> None:
         before = switches()
         time.sleep(5)  # the time in which nothing must happen
         assert switches() == before
+
+
+IMPATIENT = {
+    "thread": """
+import sys, cpupool, tasks
+if __name__ == "__main__":
+    with cpupool.CpuPool(1, grace=60) as pool:
+        try:
+            pool.run_sync(tasks.report_begin, sys.argv[1], tasks.hold_gil_forever)
+        except KeyboardInterrupt:
+            print("closing", flush=True)
+            raise
+""",
+    "asyncio": """
+import asyncio, sys, cpupool, tasks
+async def main():
+    async with cpupool.CpuPool(1, grace=60) as pool:
+        try:
+            await pool.run(tasks.report_begin, sys.argv[1], tasks.hold_gil_forever)
+        except asyncio.CancelledError:
+            print("closing", flush=True)
+            raise
+if __name__ == "__main__":
+    asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("form", IMPATIENT)
+def test_c2_a_second_ctrl_c_does_not_wait_for_the_grace(form: str, tmp_path: Path) -> None:
+    fifo, script = tmp_path / "fifo", tmp_path / "script.py"
+    os.mkfifo(fifo)
+    script.write_text(IMPATIENT[form])
+    command = [sys.executable, str(script), str(fifo)]
+    with subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=let_ctrl_c_through,  # noqa: PLW1509  # this test has no other threads
+    ) as program:
+        fifo.read_text()
+        program.send_signal(signal.SIGINT)
+        assert program.stdout is not None
+        assert program.stdout.readline() == "closing\n"
+        time.sleep(0.1)  # from there into the closing it is a few microseconds
+        program.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, err = program.communicate(timeout=20)
+        assert time.monotonic() - start < 2
+    assert program.returncode == -signal.SIGINT
+    assert err.splitlines()[-1] == "KeyboardInterrupt"
 
 
 # --- drain ---

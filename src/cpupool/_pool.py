@@ -324,8 +324,13 @@ class CpuPool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         waits = _async_waits()
-        with waits.shielded():
-            await self._close(_drain_after(kind), waits)
+        drain = _drain_after(kind)
+        try:
+            with waits.shielded():
+                await self._close(drain, waits)
+        except BaseException:
+            self._hurry_after(drain)
+            raise
 
     def __enter__(self) -> Self:
         refuse_in_event_loop("with pool", "async with pool")
@@ -339,7 +344,17 @@ class CpuPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(_drain_after(kind))
+        drain = _drain_after(kind)
+        try:
+            self.close(drain)
+        except BaseException:
+            self._hurry_after(drain)
+            raise
+
+    def _hurry_after(self, drain: float | None) -> None:
+        """Kill what still runs if a block that Ctrl-C or a cancellation has left is told so again while it closes."""
+        if drain == 0:
+            self._supervisor.post(self._supervisor.hurry)
 
     def __del__(self) -> None:
         supervisor: Supervisor | None = getattr(self, "_supervisor", None)

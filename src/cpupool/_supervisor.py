@@ -79,6 +79,7 @@ class Supervisor:
         self._is_stopping = False
         self._stop_at = math.inf
         self._killed_at = math.inf
+        self._has_grace = True
         self._stop_tickets: list[Ticket] = []
 
     # --- from any thread ---
@@ -188,6 +189,11 @@ class Supervisor:
             ticket.settle()
         else:
             self._stop_tickets.append(ticket)
+
+    def hurry(self) -> None:
+        """Kill all workers at once; `stop` was ordered before."""
+        self._has_grace = False
+        self._killed_at = -math.inf
 
     # --- the thread ---
 
@@ -319,7 +325,7 @@ class Supervisor:
         now = time.monotonic()
         if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
             self._births.stopped = True
-            self._killed_at = now + self._settings.grace
+            self._killed_at = now + (self._settings.grace if self._has_grace else 0)
             self._stop_running_tasks()
         if self._births.stopped:
             for worker in self.dispatcher.take_idle():
