@@ -225,10 +225,11 @@ class Dispatcher(Generic[W]):
                     del self._queue[0]
                 if self._queue and self._idle:  # there is room: it takes the place of this one
                     heir = self._queue[0]
-                    spare = self._idle[-1]
+                    position = self._best_idle()
+                    spare = self._idle[position]
                     heir.worker = spare
                     self._lent[spare] = lease.heir = heir
-                    del self._idle[-1]
+                    del self._idle[position]
                     del self._queue[0]
                 del self._lent[worker]
                 self._outgoing.discard(worker)
@@ -307,6 +308,13 @@ class Dispatcher(Generic[W]):
     def _present(self) -> int:
         return len(self._expected) + len(self._idle) + len(self._lent) - len(self._outgoing)
 
+    def _best_idle(self) -> int:
+        """Return where in `_idle` the next to be lent is: the last one that is not outgoing, if there is one.
+
+        An outgoing one that is not wanted after all could not be given back.
+        """
+        return next((at for at in range(-1, -len(self._idle) - 1, -1) if self._idle[at] not in self._outgoing), -1)
+
     def _has_successor(self) -> bool:
         return any(each not in self._outgoing for each in self._idle)
 
@@ -341,7 +349,7 @@ class Dispatcher(Generic[W]):
                 if len(self._lent) + len(self._recovering) >= self.max_workers:
                     return
                 lease = self._queue.popleft()
-                worker = self._idle.pop()
+                worker = self._idle.pop(self._best_idle())
                 lease.worker = worker
                 self._lent[worker] = lease
                 ticket = lease.ticket
