@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -491,6 +492,14 @@ class DispatcherMachine(RuleBasedStateMachine):
             assert worker in before & self.outgoing
             self._leave(worker)
 
+    @rule(least=st.integers(0, 3))
+    def dismiss_idle(self, least: int) -> None:
+        before, staying = self._idle(), len(self.alive - self.outgoing)
+        for worker in self.dispatcher.take_surplus(math.inf, 0, least):
+            assert worker in before
+            self._leave(worker)
+        assert len(self.alive - self.outgoing) >= min(least, staying)
+
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
     def run_last_task(self, data: st.DataObject) -> None:
@@ -571,3 +580,4 @@ class DispatcherMachine(RuleBasedStateMachine):
 
 
 TestDispatcher = DispatcherMachine.TestCase
+TestDispatcher.settings = settings(max_examples=300)
