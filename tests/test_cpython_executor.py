@@ -82,7 +82,10 @@ class ShownExecutor(PoolExecutor):
 
     @property
     def _processes(self) -> dict[int, Any]:
-        return {worker.process.pid: worker.process for worker in self._pool._supervisor._crew.workers}
+        """Those that run tasks, or will; one that was replaced may be on its way out for a moment."""
+        dispatcher = self._pool._dispatcher
+        workers = [*dispatcher._expected, *dispatcher._idle, *dispatcher._lent]
+        return {worker.process.pid: worker.process for worker in workers}
 
 
 def make_case(suite: str, method: str) -> type[unittest.TestCase]:
