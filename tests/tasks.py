@@ -604,10 +604,19 @@ def meet_and_fail(folder: str, number: int) -> NoReturn:
     raise ValueError("no model")
 
 
-def fail_while(flag: str, count: str) -> None:
-    append_line(count)
-    if Path(flag).exists():
-        raise FileNotFoundError("no model")
+class Flaky:
+    """An initializer that notes each run, and fails while its flag is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.flag, self._runs = folder / "flag", folder / "runs"
+
+    def __call__(self) -> None:
+        append_line(str(self._runs))
+        if self.flag.exists():
+            raise FileNotFoundError("no model")
+
+    def count_runs(self) -> int:
+        return len(self._runs.read_text().split())
 
 
 def wait_unless_first(count: str, fifo: str) -> None:
@@ -723,3 +732,10 @@ def initialize_slowly(count: str) -> None:
     append_line(count)
     if len(Path(count).read_text().split()) > 1:
         time.sleep(0.7)
+
+
+def press_ctrl_c_after(fifo: str) -> None:
+    """In a thread of a test's program: interrupt it when somebody has written there."""
+    with open(fifo) as file:
+        file.read()
+    os.kill(os.getpid(), signal.SIGINT)

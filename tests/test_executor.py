@@ -544,15 +544,10 @@ def test_ctrl_c_ends_a_program_that_waits_for_a_future(run_script: RunScript, fi
 import os, signal, sys, threading
 import cpupool, tasks
 
-def interrupt():
-    with open(sys.argv[1]) as fifo:
-        fifo.read()
-    os.kill(os.getpid(), signal.SIGINT)
-
 if __name__ == "__main__":
     executor = cpupool.PoolExecutor(1)
     future = executor.submit(tasks.report_begin, sys.argv[1], tasks.spin_forever)
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=tasks.press_ctrl_c_after, args=(sys.argv[1],)).start()
     future.result()
 """,
         str(fifo),

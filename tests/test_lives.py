@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import math
+import multiprocessing.spawn
 import os
 import re
 import signal
@@ -182,6 +183,17 @@ async def test_a_module_that_cannot_be_preloaded_is_named(module_folder: Path) -
         await pool.warm_up()
     assert isinstance(caught.value.cause.__cause__, ModuleNotFoundError)  # type: ignore[union-attr]
     await pool.aclose()
+
+
+def test_a_fork_server_that_cannot_be_set_up_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    get_preparation_data = multiprocessing.spawn.get_preparation_data
+    monkeypatch.setattr(
+        multiprocessing.spawn, "get_preparation_data", lambda name: get_preparation_data(name) | {"dir": "/no/folder"}
+    )
+    pool = CpuPool(1)
+    with pytest.raises(PoolBroken, match=r"it cannot be set up \(FileNotFoundError"):
+        pool.run_sync(tasks.add, 1)
+    pool.close()
 
 
 async def test_a_preload_that_ends_the_server_is_reported(module_folder: Path) -> None:
@@ -480,9 +492,9 @@ async def test_a_finalizer_has_the_time_of_the_grace() -> None:
 
 
 async def test_c4_the_breaker_opens_and_closes(tmp_path: Path) -> None:
-    flag, count = tmp_path / "flag", tmp_path / "count"
-    flag.touch()
-    pool = CpuPool(2, initializer=tasks.fail_while, initargs=(str(flag), str(count)))
+    flaky = tasks.Flaky(tmp_path)
+    flaky.flag.touch()
+    pool = CpuPool(2, initializer=flaky)
     refused: list[PoolBroken] = []
     failures = 0
     end = time.monotonic() + 1.5
@@ -497,13 +509,13 @@ async def test_c4_the_breaker_opens_and_closes(tmp_path: Path) -> None:
             refused.append(error)
             await anyio.sleep(0.01)
     assert failures >= 3
-    assert len(count.read_text().split()) <= 2 * failures, "as many processes as tries"
+    assert flaky.count_runs() <= 2 * failures, "as many processes as tries"
     assert failures <= 6, "0.1 + 0.2 + 0.4 + 0.8 s lie between them"
     assert isinstance(refused[0].cause, InitializerFailed)
     assert re.match(
         r"\d starts of a worker in a row have failed; the next try is in 0\.\d s\..*no model", str(refused[0])
     )
-    flag.unlink()
+    flaky.flag.unlink()
     with anyio.fail_after(10):
         while True:
             with contextlib.suppress(PoolBroken):
@@ -525,9 +537,9 @@ async def test_c4_workers_that_fail_together_count_as_one_failure(tmp_path: Path
 
 
 async def test_c4_an_open_breaker_refuses_a_warm_up_too(tmp_path: Path) -> None:
-    flag, count = tmp_path / "flag", tmp_path / "count"
-    flag.touch()
-    pool = CpuPool(1, initializer=tasks.fail_while, initargs=(str(flag), str(count)))
+    flaky = tasks.Flaky(tmp_path)
+    flaky.flag.touch()
+    pool = CpuPool(1, initializer=flaky)
     for _ in range(3):
         with pytest.raises(InitializerFailed):
             await pool.warm_up()
@@ -537,21 +549,21 @@ async def test_c4_an_open_breaker_refuses_a_warm_up_too(tmp_path: Path) -> None:
 
 
 async def test_c4_workers_that_are_left_serve_while_others_cannot_start(tmp_path: Path) -> None:
-    flag, count = tmp_path / "flag", tmp_path / "count"
-    async with CpuPool(2, initializer=tasks.fail_while, initargs=(str(flag), str(count))) as pool:
-        flag.touch()
+    flaky = tasks.Flaky(tmp_path)
+    async with CpuPool(2, initializer=flaky) as pool:
+        flaky.flag.touch()
         with pytest.raises(WorkerDied):
             await pool.run(tasks.exit_at_once, 1)
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
             assert await pool.run(tasks.add, 1) == 1
-        assert len(count.read_text().split()) <= 2 + 4, "0.1 + 0.2 + 0.4 s lie between them"
+        assert flaky.count_runs() <= 2 + 4, "0.1 + 0.2 + 0.4 s lie between them"
 
 
 async def test_c4_when_the_last_worker_dies_behind_an_open_breaker_nobody_waits(tmp_path: Path) -> None:
-    flag, count = tmp_path / "flag", tmp_path / "count"
-    async with CpuPool(2, initializer=tasks.fail_while, initargs=(str(flag), str(count))) as pool:
-        flag.touch()
+    flaky = tasks.Flaky(tmp_path)
+    async with CpuPool(2, initializer=flaky) as pool:
+        flaky.flag.touch()
         with pytest.raises(WorkerDied):
             await pool.run(tasks.exit_at_once, 1)
         births = pool._supervisor._births
@@ -680,11 +692,9 @@ async def test_c5_a_worker_that_is_too_large_serves_until_its_successor_is_ready
 
 async def test_c5_a_worker_stays_while_its_successor_cannot_start(tmp_path: Path) -> None:
     """Nor does anybody who waits hear of it: the old worker serves."""
-    flag, count = tmp_path / "flag", tmp_path / "count"
-    async with CpuPool(
-        1, max_memory_per_child=100_000_000, initializer=tasks.fail_while, initargs=(str(flag), str(count))
-    ) as pool:
-        flag.touch()
+    flaky = tasks.Flaky(tmp_path)
+    async with CpuPool(1, max_memory_per_child=100_000_000, initializer=flaky) as pool:
+        flaky.flag.touch()
         old = await pool.run(tasks.leak, 150_000_000)
         births = pool._supervisor._births
         with anyio.fail_after(10):
@@ -693,7 +703,7 @@ async def test_c5_a_worker_stays_while_its_successor_cannot_start(tmp_path: Path
                     for _ in range(3):
                         group.start_soon(pool.run, tasks.busy, 0.001)
         assert await pool.run(tasks.get_pid) == old
-        flag.unlink()
+        flaky.flag.unlink()
         await until(lambda: workers_of(pool).isdisjoint({old}))
         assert await pool.run(tasks.get_pid) != old
 

@@ -1023,14 +1023,9 @@ def test_c2_a_ctrl_c_that_does_not_wake_the_main_thread_is_still_seen(run_script
 import os, signal, sys, threading
 import cpupool, tasks
 
-def interrupt():
-    with open(sys.argv[1]) as fifo:
-        fifo.read()
-    os.kill(os.getpid(), signal.SIGINT)
-
 if __name__ == "__main__":
     with cpupool.CpuPool(1) as pool:
-        threading.Thread(target=interrupt).start()
+        threading.Thread(target=tasks.press_ctrl_c_after, args=(sys.argv[1],)).start()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             pool.run_sync(tasks.report_begin, sys.argv[1], tasks.spin_forever)

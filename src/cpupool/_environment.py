@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ._settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping
+    from collections.abc import Callable, Container
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?", re.IGNORECASE)
 
 
-def read_settings(
-    prefix: str, without: Container[str] = (), environment: Mapping[str, str] = os.environ
-) -> dict[str, Any]:
+def read_settings(prefix: str, without: Container[str]) -> dict[str, Any]:
     """Return the settings that the variables give: `prefix` and the setting in capitals; an empty one gives nothing.
 
     `without` names settings whose variables are not looked at.
@@ -33,7 +31,7 @@ def read_settings(
     found: dict[str, Any] = {}
     for setting, read in READERS.items():
         variable = prefix + setting.upper()
-        text = environment.get(variable, "").strip()
+        text = os.environ.get(variable, "").strip()
         if not text or setting in without:
             continue
         try:

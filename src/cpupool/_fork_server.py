@@ -29,7 +29,7 @@ from multiprocessing.forkserver import read_signed
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
-from . import _preload
+from . import _payload, _preload
 from ._errors import decode_error, describe_exit
 from ._forking import at_fork
 from ._frames import FrameDecoder, Kind
@@ -56,7 +56,7 @@ class ServerSilent(ConnectionError):
 
 
 class PreloadFailed(Exception):
-    """The modules could not be imported; the error itself, if there was one, is `__cause__`."""
+    """The server could not be set up, or its modules not be imported; the error itself, if any, is `__cause__`."""
 
 
 class ForkServer:
@@ -140,12 +140,13 @@ class ForkServer:
         if frame is None:
             status = self._wait()
             exitcode, signal = (None, -status) if status < 0 else (status, None)
-            text = f"the fork server {describe_exit(exitcode, signal)} while it imported {', '.join(self._preload)}"
+            doing = f"imported {', '.join(self._preload)}" if self._preload else "started"
+            text = f"the fork server {describe_exit(exitcode, signal)} while it {doing}"
             raise ServerKilled(text) if signal in SENT_BY_OTHERS else PreloadFailed(text)
         if frame.kind is not Kind.READY:
-            module = self._preload[frame.task_id]
-            error = decode_error(frame.body, f"import {module}")
-            raise PreloadFailed(f"{module!r}, which is to be preloaded, cannot be imported") from error
+            module, body = _payload.loads(frame.body)
+            what = f"{module!r}, which is to be preloaded, cannot be imported" if module else "it cannot be set up"
+            raise PreloadFailed(what) from decode_error(body, f"import {module}")
         self.is_ready = True
 
     def connect(self, descriptors: Sequence[int]) -> tuple[int, int]:

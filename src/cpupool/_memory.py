@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import mmap
 import time
 from typing import TYPE_CHECKING
 
+from ._settling import read_resident
 from ._sizing import count_oom_kills
 from ._worker import State
 
@@ -45,7 +45,7 @@ class MemoryGuard:
             return
         for lease, worker in self._leases_and_workers():
             self._sampled = now
-            resident = _measure_resident(worker.process.pid)
+            resident = read_resident(worker.process.pid) or 0  # it has ended
             if resident > self._limit and (lease is None or self._dispatcher.doom(lease)):
                 worker.excess = resident, self._limit
                 self._crew.kill(worker)
@@ -56,14 +56,6 @@ class MemoryGuard:
         running = [(lease, worker) for lease in leases if (worker := lease.worker) is not None]
         given_up = [worker for worker in self._crew.workers if worker.state is State.RECOVERING]
         return [*running, *((None, worker) for worker in given_up)]
-
-
-def _measure_resident(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except (OSError, IndexError):
-        return 0  # it has ended
 
 
 class OomWitness:

@@ -8,21 +8,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import sys
 
-from . import _roles, _settling
+from . import _payload, _roles, _settling
 from ._errors import encode_error
 from ._frames import Kind, encode_frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 MAIN = "__main__"
 
 
-def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], preparation: dict[str, Any]) -> NoReturn:
+def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], preparation: dict[str, Any]) -> None:
     """Import the modules, answer READY or ERROR to the pool, and fork workers until the pool's process is gone.
 
     Args:
@@ -38,7 +37,7 @@ def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], pre
     if MAIN not in modules:
         preparation = {name: value for name, value in preparation.items() if not name.startswith("init_main_from_")}
     with open(answer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
-        module = MAIN
+        module = MAIN if MAIN in modules else ""
         try:
             process.current_process()._inheriting = True  # type: ignore[attr-defined]  # as in its own new processes
             spawn.prepare(preparation)
@@ -47,14 +46,11 @@ def serve(listener: int, liveness: int, answer: int, modules: Sequence[str], pre
             for module in modules:
                 importlib.import_module(module)
         except BaseException as error:
-            position = modules.index(module) if module in modules else 0
-            pipe.write(encode_frame(Kind.ERROR, position, encode_error(error)))
-            pipe.flush()
-            sys.exit(1)
+            pipe.write(encode_frame(Kind.ERROR, 0, _payload.dumps((module, encode_error(error)))))
+            return
         importlib.import_module(f"{__package__}._child")  # every worker needs it
         _settling.reset_signals()  # whatever the modules have made of them: the server waits for SIGCHLD
         gc.collect()
         gc.freeze()  # the collector leaves alone what was imported: its pages stay shared
         pipe.write(encode_frame(Kind.READY))
     forkserver.main(listener, liveness, ())
-    sys.exit()  # it has done so already

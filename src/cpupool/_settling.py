@@ -129,13 +129,21 @@ def open_status_page(status: int) -> memoryview:
     return memoryview(mmap.mmap(status, STATUS_PAGE_SIZE)).cast("Q")
 
 
+def read_resident(process: int | str) -> int | None:
+    """Return how many bytes of memory a process holds ("self" is this one); None where that is not to be had."""
+    try:
+        with open(f"/proc/{process}/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError):
+        return None
+
+
 def measure_resident() -> int:
     """Return how many bytes of memory this process holds now; where that is not to be had, the most it ever held."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        import resource
+    resident = read_resident("self")
+    if resident is not None:
+        return resident
+    import resource
 
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -63,11 +63,10 @@ class WorkerStarter:
         return server.start(self._server_environment)
 
     def __call__(self) -> WorkerProcess:
-        """Start a worker process."""
+        """Start a worker process; `prepare` comes before."""
         from ._child import Duties
         from ._process import WorkerProcess
 
-        self.prepare()
         settings = self._settings
         duties = Duties(
             settings.initializer,
