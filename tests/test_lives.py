@@ -457,6 +457,27 @@ if __name__ == "__main__":
         assert fifo.read_text() == "21"
 
 
+def test_a_forked_child_that_just_exits_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    folder, script = tmp_path / "temporary", tmp_path / "script.py"
+    folder.mkdir()
+    script.write_text("""
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool, tasks
+if __name__ == "__main__":
+    with cpupool.CpuPool(1) as pool:
+        child = os.fork()
+        if child == 0:
+            assert pool.run_sync(tasks.add, 1) == 1
+            pool.close()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert pool.run_sync(tasks.add, 1) == 1
+""")
+    subprocess.run([sys.executable, str(script)], env=environment(TMPDIR=str(folder)), check=True)
+    assert os.listdir(folder) == []
+
+
 # --- finalizer ---
 
 

@@ -19,6 +19,7 @@ import multiprocessing.context
 import multiprocessing.spawn
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ _PROGRAM = (
     "import pickle, sys; file = open({}, 'rb'); sys.path[:] = pickle.load(file); serve = pickle.load(file); "
     "file.close(); serve()"
 )
+_ADDRESS = "listener"  # of the server's socket, in its folder
 _LONGEST_FORK = 5.0  # seconds that a server may take to answer; it takes milliseconds
 _RECEIVE_SIZE = 64 * 1024
 _live: weakref.WeakSet[ForkServer] = weakref.WeakSet()
@@ -72,6 +74,7 @@ class ForkServer:
         self.answer: int | None = None
         self.is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._folder = ""
         self._descriptors = contextlib.ExitStack()
         _live.add(self)
 
@@ -92,10 +95,10 @@ class ForkServer:
                 raise
 
     def _start(self, environment: Mapping[str, str], theirs: contextlib.ExitStack) -> int:
-        self._address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]  # in a folder that only this user may enter
+        self._folder = tempfile.mkdtemp(prefix="cpupool-")  # only this user may enter it
+        self._descriptors.callback(self._remove_folder)
         listener = theirs.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(self._address)
-        self._descriptors.callback(lambda: _unlink(self._address))
+        listener.bind(os.path.join(self._folder, _ADDRESS))
         listener.listen()
         liveness, our_liveness = os.pipe()
         theirs.callback(os.close, liveness)
@@ -171,7 +174,8 @@ class ForkServer:
             ours.callback(os.close, data)
             client = theirs.enter_context(socket.socket(socket.AF_UNIX))
             client.settimeout(_LONGEST_FORK)
-            client.connect(self._address)  # last: a server to which nothing is sent then breaks off
+            # last: a server to which nothing is sent then breaks off
+            client.connect(os.path.join(self._folder, _ADDRESS))
             client.setblocking(True)
             reduction.sendfds(client, [child_data, child_status, unused, tracker, *descriptors])  # type: ignore[list-item]
             ours.pop_all()
@@ -199,8 +203,12 @@ class ForkServer:
             self._process = None
         self.is_ready = False
         self.answer = None
-        self._address = ""  # it is not to be unlinked here
+        self._folder = ""  # the parent's too
         self._descriptors.close()
+
+    def _remove_folder(self) -> None:
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def make_process(self, **arguments: Any) -> multiprocessing.context.ForkServerProcess:
         """Make a process that this server will start; the arguments are those of `multiprocessing.Process`."""
@@ -257,11 +265,6 @@ class _Popen(popen_forkserver.Popen):
             except (OSError, EOFError):
                 self.returncode = UNKNOWN_STATUS
         return self.returncode
-
-
-def _unlink(address: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(address)
 
 
 def _forget_all() -> None:

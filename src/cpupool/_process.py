@@ -283,7 +283,6 @@ def _forget_all() -> None:
         process.forget()
     _live.clear()
     _forget_fork_server()
-    multiprocessing.process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]  # the parent's
 
 
 def _forget_fork_server() -> None:
