@@ -32,6 +32,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._calls import CpuPoolView as CpuPoolView
     from ._chunks import split_text as split_text
     from ._current import Task as Task
     from ._current import current_task as current_task
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from ._errors import WorkerDied as WorkerDied
     from ._executor import PoolExecutorFace as PoolExecutorFace
     from ._pool import CpuPool as CpuPool
-    from ._pool import CpuPoolView as CpuPoolView
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._sizing import suggest_workers as suggest_workers
@@ -67,7 +67,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CpuPool": "_pool",
     "CpuPoolError": "_errors",
-    "CpuPoolView": "_pool",
+    "CpuPoolView": "_calls",
     "InitializerFailed": "_errors",
     "PoolBroken": "_errors",
     "PoolClosed": "_errors",

@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 class AsyncioWaits:
     """Waits by suspending the task; cancelling the task ends the wait."""
 
-    async def readable(self, channel: socket.socket) -> None:
+    async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
         # What anyio.wait_readable does, less its table of who else waits: only the owner of a channel ever does.  It is
         # worth a seventh of the calls per second (benchmarks/round_trip.py), and spares the first call a large import.
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         fd = channel.fileno()
         loop.add_reader(fd, _resolve, future)
+        timer = None if timeout is None else loop.call_later(timeout, _resolve, future)
         try:
             await future
         finally:
             loop.remove_reader(fd)
+            if timer is not None:
+                timer.cancel()
 
     async def writable(self, channel: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -1,16 +1,255 @@
-"""What runs in a worker when one call makes several.
+"""What runs in a worker when one task has many items.
 
-It runs in the workers too: stdlib only, and nothing slow to import.
+Theory of operation: a batch brings a function and columns of items, one for each iterable of a `map`.  The items run one
+after another.  Their results are written into the journal (`_journal`) and sent from it when they are a few milliseconds
+old, so that tiny items share a frame, while nothing that is done can be lost.  The clock is looked at between strides:
+runs of items, so many that a stride takes a fraction of that time, one if they are long.
+
+It runs in the workers: stdlib and lower layers only.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
+
+from . import _payload
+from ._current import Task, set_current_task
+from ._errors import STAGE_ARGUMENTS, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
+from ._frames import Kind, encode_frame, split_batch
+from ._journal import COLUMN_LENGTH, FORMATS
+from ._status import COLUMN, DONE, NOT_BEGUN, NOT_NOW, SENT, SINCE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
     from typing import Any
+
+    from ._frames import BatchHead
+    from ._interrupts import Interrupts
+    from ._journal import Journal
+
+HOLD = 0.004  # seconds that results are held back, for others to travel with
+_STRIDE = 0.0005  # seconds that a stride should take
 
 
 def run_chunk(fn: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Call `fn` with the arguments in each item."""
     return [fn(*item) for item in items]
+
+
+def run_batch(
+    task_id: int,
+    body: memoryview,
+    interrupts: Interrupts,
+    journal: Journal,
+    dumps: Callable[[object], bytes],
+    send: Callable[[bytes], object],
+) -> bytes:
+    """Run a batch; send results on the way, and return the frame that answers it, whatever happens."""
+    batch = None
+    interrupts.page[DONE] = NOT_BEGUN
+    try:
+        try:
+            head, label, function, items = split_batch(body)
+            interrupts.arm(task_id)
+            fn, columns = _payload.loads(function), _payload.loads(items)
+            batch = _Batch(task_id, fn, columns, head, interrupts, journal, dumps, send)
+            set_current_task(lambda: Task(task_id, label.decode() or None, head.attempt, batch.item))
+            batch.run()
+        finally:
+            interrupts.armed = 0  # as for a call
+    except BaseException as error:
+        if batch is None:
+            body_of_error = b"" if _is_interrupt(error, interrupts) else encode_error(error, STAGE_ARGUMENTS)
+        else:
+            batch.send_held()
+            body_of_error = b"" if _is_interrupt(error, interrupts) else batch.encode_error(error)
+        kind = Kind.INTERRUPTED if interrupts.hit else Kind.ERROR
+        return encode_frame(kind, task_id, body_of_error)
+    return encode_frame(Kind.RESULT, task_id, batch.take_held())
+
+
+def _is_interrupt(error: BaseException, interrupts: Interrupts) -> bool:
+    return isinstance(error, TaskInterrupted) and interrupts.hit
+
+
+class _Batch:
+    """A batch that runs.
+
+    Rules: how many items are done stands in the status page alone, so that the pool and an interrupt see the same.  An
+    interrupt may come anywhere, except while results are being sent.
+    """
+
+    def __init__(
+        self,
+        task_id: int,
+        fn: Callable[..., Any],
+        columns: tuple[Iterable[Any], ...],
+        head: BatchHead,
+        interrupts: Interrupts,
+        journal: Journal,
+        dumps: Callable[[object], bytes],
+        send: Callable[[bytes], object],
+    ) -> None:
+        self._task_id = task_id
+        self._fn = fn
+        self._head = head
+        self._interrupts = interrupts
+        self._journal = journal
+        self._dumps = dumps
+        self._send = send
+        self._page = interrupts.page
+        self._only: Iterator[Any] = iter(columns[0])  # the items themselves, where each is the only argument
+        self._arguments = zip(self._only, *columns[1:], strict=False)
+        self._may_hold_numbers = len(columns) == 1 and not head.is_timed
+        self._is_over = False
+        self._began = time.monotonic()
+        self._sent_at = self._began
+
+    @property
+    def item(self) -> int:
+        """The number of the running item in the whole map."""
+        return self._head.first + self._page[DONE]  # type: ignore[no-any-return]
+
+    def run(self) -> None:
+        head, journal, page = self._head, self._journal, self._page
+        page[SINCE] = time.monotonic_ns() if head.is_timed else NOT_NOW
+        journal.begin()
+        stride, now = 1, self._began
+        while not self._is_over and (left := head.limit - page[DONE]) > 0 and now - self._began <= head.budget:
+            count = min(stride, left, COLUMN_LENGTH - journal.held)
+            self._run_stride(page[DONE] + count)
+            before, now = now, time.monotonic()
+            stride = min(max(int(count * _STRIDE / max(now - before, 1e-9)), 1), 4 * count)
+            if now - self._sent_at >= HOLD or journal.held == COLUMN_LENGTH:
+                self.send_held()
+                now = time.monotonic()
+
+    def _run_stride(self, goal: int) -> None:
+        """Run items until `goal` of them are done, or the batch is over."""
+        page = self._page
+        while page[DONE] < goal and not self._is_over:
+            try:
+                if page[COLUMN] in _NUMBERS:
+                    self._run_for_numbers(goal, _NUMBERS[page[COLUMN]])
+                else:
+                    self._run_for_records(goal)
+            except BaseException as error:
+                if self._interrupts.hit or page[DONE] == goal:
+                    raise  # it is the interrupt, or made of it; or no item's
+                self._add_record(self.encode_error(error), is_error=True)
+                self._is_over = self._head.stops_at_error
+            if self._interrupts.hit:
+                self._is_over = True  # the item has caught the interrupt, and returned all the same
+
+    def _run_for_numbers(self, goal: int, number: type) -> None:
+        """Run items as long as they return numbers of one type."""
+        fn, page = self._fn, self._page
+        done = page[DONE]
+        position = done - page[SENT]
+        column = self._journal.columns[page[COLUMN]]
+        for item in itertools.islice(self._only, goal - done):
+            value = fn(item)
+            if type(value) is not number:
+                break
+            try:
+                column[position] = value
+            except ValueError:  # more than 64 bits
+                break
+            position += 1
+            done += 1
+            page[DONE] = done
+        else:
+            return
+        self.send_held()
+        self._add_value(value)
+
+    def _run_for_records(self, goal: int) -> None:
+        fn, page, is_timed = self._fn, self._page, self._head.is_timed
+        for arguments in itertools.islice(self._arguments, goal - page[DONE]):
+            value = fn(*arguments)
+            if self._may_hold_numbers and type(value) in FORMATS and page[DONE] == page[SENT]:
+                self._add_number(value)
+                return
+            self._add_value(value)
+            if is_timed:
+                page[SINCE] = time.monotonic_ns()
+            if self._interrupts.hit:
+                return
+
+    def _add_number(self, value: float) -> None:
+        """Make the empty journal one of numbers, with this one."""
+        code = FORMATS[type(value)]
+        try:
+            self._journal.columns[code][0] = value  # type: ignore[assignment]
+        except ValueError:  # more than 64 bits
+            self._add_value(value)
+        else:
+            self._page[COLUMN] = code
+            self._page[DONE] += 1
+
+    def _add_value(self, value: object) -> None:
+        try:
+            record = self._dumps(value)
+        except BaseException as error:
+            if self._interrupts.hit:
+                raise
+            self._add_record(encode_unpicklable(error, value), is_error=True)
+            self._is_over = self._head.stops_at_error
+        else:
+            self._add_record(record)
+
+    def _add_record(self, record: bytes, *, is_error: bool = False) -> None:
+        journal, page = self._journal, self._page
+        if page[COLUMN] in _NUMBERS:
+            self.send_held()
+        if journal.add(record, is_error=is_error):
+            return
+        self.send_held()
+        if not journal.add(record, is_error=is_error):
+            self._send_partial(journal.pack_alone(record, self._seconds(), is_error=is_error))
+            page[DONE] += 1
+            journal.empty()
+
+    # --- sending ---
+
+    def send_held(self) -> None:
+        """Send the results in the journal."""
+        if self._journal.held:
+            self._send_partial(self._journal.pack(self._seconds()))
+            self._journal.empty()
+        self._sent_at = time.monotonic()
+
+    def take_held(self) -> bytes:
+        """Return the results in the journal, packed, at the end."""
+        return self._journal.pack(self._seconds())
+
+    def _send_partial(self, body: bytes) -> None:
+        interrupts, page = self._interrupts, self._page
+        was_armed, interrupts.armed = interrupts.armed, 0
+        since = page[SINCE]
+        page[SINCE] = NOT_NOW
+        self._send(encode_frame(Kind.PARTIAL, self._task_id, body))
+        if since != NOT_NOW:
+            page[SINCE] = time.monotonic_ns()
+        interrupts.armed = was_armed
+        interrupts.raise_if_condemned()
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def encode_error(self, error: BaseException) -> bytes:
+        """Encode what an item raised, with the traceback from its own first line."""
+        error.__traceback__ = _without_own_frames(error.__traceback__)
+        return encode_error(error, STAGE_TASK, dumps=self._dumps)
+
+
+_NUMBERS = {code: number for number, code in FORMATS.items()}
+
+
+def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace

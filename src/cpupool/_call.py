@@ -1,39 +1,32 @@
 """One call on its way: checked, pickled, run by a worker, and turned back into a value or an error.
 
-`complete` repeats `_attempt` until one has an outcome.  An attempt takes a lease on a worker from the dispatcher,
-exchanges frames with the worker in the caller's own task or thread (`Worker.exchange`) and gives it back.
+`Call.complete` repeats `attempt` until one has an outcome.  An attempt takes a lease on a worker from the dispatcher,
+exchanges frames with the worker in the caller's own task or thread (`Worker.exchange`) and gives it back.  The lanes of
+a map make attempts too (`_map`), each with a batch.
 
 Rules: the lease knows at any moment whether there is a worker to give back.  Giving up a call for whatever reason
-(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `_attempt`; it takes no
+(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `attempt`; it takes no
 lock and waits for nothing: the supervisor does the rest behind the caller's back.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _payload
-from ._errors import (
-    PoolClosed,
-    QueueTimeout,
-    RemoteTraceback,
-    ResultNotPicklable,
-    TaskTimeout,
-    WorkerDied,
-    decode_error,
-    decode_traceback,
-    describe_callable,
-)
+from ._errors import QueueTimeout, decode_error, describe_callable
 from ._frames import Kind, encode_call
-from ._lease import Lease, Verdict
+from ._lease import Lease
+from ._outcomes import Interruption, load_value, make_death_error, make_stop_error, name_task, read_interruption
+from ._settings import encode_label
 from ._worker import Death, WorkerGone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ._frames import Frame
     from ._settings import CallOptions
@@ -44,14 +37,6 @@ if TYPE_CHECKING:
 _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-@dataclass(frozen=True, slots=True)
-class Interruption:
-    """How an interrupted task ended: where it was, and the traceback of the error that it made of it, if any."""
-
-    stack: str | None
-    traceback: str | None
-
-
 class Call:
     """A function and its arguments: checked and pickled once, however often it is tried."""
 
@@ -60,12 +45,10 @@ class Call:
     def __init__(
         self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
     ) -> None:
-        code = getattr(fn, "__code__", None)
-        if code is None or code.co_flags & _ASYNC_CODE:
-            _check_function(fn)
+        check_function(fn)
         self._fn = fn
         self._options = options
-        self._label = b"" if options.label is None else options.label.encode("utf-8", "backslashreplace")
+        self._label = encode_label(options)
         self._body = _payload.dumps_call(fn, args, kwargs, options.dumps)
 
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
@@ -73,7 +56,8 @@ class Call:
         attempt = 1
         lease: Lease[Worker] = Lease(supervisor.next_task_id())
         while True:
-            outcome = await self._attempt(lease, attempt, supervisor, waits)
+            exchange = functools.partial(self._exchange, lease.task_id, attempt, waits)
+            outcome = await run_attempt(lease, exchange, self._fn, self._options, supervisor, waits)
             if not isinstance(outcome, Death):
                 return self._value(outcome, lease, supervisor)
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
@@ -81,106 +65,94 @@ class Call:
             if is_stopped or (has_run and attempt > self._options.retries):
                 supervisor.dispatcher.forget_bereaved(lease)
                 supervisor.notify()
-                raise self._stopped(outcome, lease, supervisor) if is_stopped else self._died(outcome)
+                if is_stopped:
+                    raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
+                raise make_death_error(outcome, self._fn, self._options)
             attempt += has_run
             lease.begin(supervisor.next_task_id())
 
-    async def _attempt(
-        self, lease: Lease[Worker], attempt: int, supervisor: Supervisor, waits: Waits
-    ) -> Frame | Interruption | Death:
-        """Have one worker run the task: returns its answer, or how it died."""
-        dispatcher = supervisor.dispatcher
-        try:
-            if not dispatcher.borrow_idle(lease):
-                await self._wait_for_worker(lease, supervisor, waits)
-            worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
-            lease.started = time.monotonic()
-            if self._options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
-                lease.deadline = lease.started + self._options.timeout
-                supervisor.look_by(lease.deadline)
-            if supervisor.sampling_interval is not None:
-                supervisor.look_by(lease.started + supervisor.sampling_interval)
-            if worker.tasks_left == 1:
-                supervisor.post(dispatcher.replace, worker)
-            try:
-                request = encode_call(lease.task_id, attempt, self._label, self._body)
-                reply = await worker.exchange(lease.task_id, request, waits)
-            except WorkerGone:
-                return await _learn_death(lease, supervisor, waits)
-            outcome = reply if lease.verdict is None else _read_interruption(reply, worker)
-            if worker.max_memory is not None and worker.is_too_large:
-                supervisor.post(dispatcher.replace, worker)
-            if not worker.tasks_left or not dispatcher.give_back(lease):
-                dispatcher.retire(lease)
-                supervisor.post(supervisor.take_back, lease)
-            elif supervisor.idle_timeout is not None:
-                supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
-        except BaseException:
-            _give_up(lease, supervisor)
-            raise
-        if dispatcher.closed:
-            supervisor.notify()  # it may be the last one that the pool waits for
-        return outcome
-
-    async def _wait_for_worker(self, lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> None:
-        ticket = lease.ticket = waits.ticket()
-        lease.asked = time.monotonic()
-        queue_timeout = self._options.queue_timeout
-        deadline = math.inf if queue_timeout is None else lease.asked + queue_timeout
-        if supervisor.dispatcher.enqueue(lease, deadline):
-            return
-        supervisor.run()  # after queueing: a start that fails fails the queue
-        if queue_timeout is not None:
-            supervisor.look_by(deadline)
-        await waits.settled(ticket)
-        ticket.result()
-        if lease.worker is None:
-            raise QueueTimeout(self._name(), queue_timeout or 0.0, time.monotonic() - lease.asked)
-
-    # --- outcomes ---
+    def _exchange(self, task_id: int, attempt: int, waits: Waits, worker: Worker) -> Awaitable[Frame]:
+        return worker.exchange(task_id, encode_call(task_id, attempt, self._label, self._body), waits)
 
     def _value(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Any:
         """Return the value in an answer, or raise the error in it."""
         if isinstance(outcome, Interruption):
-            raise self._stopped(outcome, lease, supervisor)
+            raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
         if outcome.kind is not Kind.RESULT:
-            raise decode_error(outcome.body, self._name())
+            raise decode_error(outcome.body, name_task(self._fn, self._options))
+        return load_value(outcome.body, self._fn, self._options)
+
+
+async def run_attempt(
+    lease: Lease[Worker],
+    exchange: Callable[[Worker], Awaitable[Frame]],
+    fn: Callable[..., object],
+    options: CallOptions,
+    supervisor: Supervisor,
+    waits: Waits,
+    tasks: int = 1,
+) -> Frame | Interruption | Death:
+    """Have one worker run something: returns its answer, or how it died.
+
+    Args:
+        lease: a new one, or one that has begun anew.
+        exchange: sends it to the worker that is given, and waits for the answer.
+        fn, options: those of the call.
+        supervisor, waits: the pool's, and the caller's.
+        tasks: as how many tasks it counts.
+
+    Raises:
+        QueueTimeout, PoolFull, PoolClosed, InitializerFailed, PoolBroken: there is no worker for it.
+    """
+    dispatcher = supervisor.dispatcher
+    try:
+        if not dispatcher.borrow_idle(lease):
+            await _wait_for_worker(lease, fn, options, supervisor, waits)
+        worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
+        lease.started = time.monotonic()
+        if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
+            lease.deadline = lease.started + options.timeout
+            supervisor.look_by(lease.deadline)
+        if supervisor.sampling_interval is not None:
+            supervisor.look_by(lease.started + supervisor.sampling_interval)
+        if worker.tasks_left <= tasks:
+            supervisor.post(dispatcher.replace, worker)
         try:
-            return _payload.loads_result(outcome.body)
-        except _payload.RebuildFailed as failed:
-            error = failed.__cause__
-            reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
-            result_type = _payload.first_type(outcome.body) or "a value"
-            raise ResultNotPicklable(self._name(), result_type, reason) from error
-
-    def _stopped(self, outcome: Interruption | Death, lease: Lease[Worker], supervisor: Supervisor) -> Exception:
-        """Say why the pool has stopped the task."""
-        error: Exception
-        if lease.verdict is Verdict.TIMED_OUT:
-            ran = lease.interrupted - lease.started
-            error = TaskTimeout(self._name(), self._options.timeout or 0.0, lease.queued, ran, outcome.stack)
-        else:
-            error = PoolClosed(supervisor.name)
-        if isinstance(outcome, Interruption):
-            error.__cause__ = None if outcome.traceback is None else RemoteTraceback(outcome.traceback)
-        elif not outcome.by_pool:
-            error.__cause__ = self._died(outcome)
-        return error
-
-    def _died(self, death: Death) -> WorkerDied:
-        facts = (death.pid, death.exitcode, death.signal, death.oom, self._name(), death.crash_stack)
-        return WorkerDied(*facts, *(death.excess or ()))
-
-    def _name(self) -> str:
-        return describe_callable(self._fn) if self._options.label is None else self._options.label
+            reply = await exchange(worker)
+        except WorkerGone:
+            return await _learn_death(lease, supervisor, waits)
+        outcome = reply if lease.verdict is None else read_interruption(reply, worker)
+        if worker.max_memory is not None and worker.is_too_large:
+            supervisor.post(dispatcher.replace, worker)
+        if not worker.tasks_left or not dispatcher.give_back(lease):
+            dispatcher.retire(lease)
+            supervisor.post(supervisor.take_back, lease)
+        elif supervisor.idle_timeout is not None:
+            supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
+    except BaseException:
+        _give_up(lease, supervisor)
+        raise
+    if dispatcher.closed:
+        supervisor.notify()  # it may be the last one that the pool waits for
+    return outcome
 
 
-def _read_interruption(reply: Frame, worker: Worker) -> Frame | Interruption:
-    """Look what became of an interrupt: it has ended the task, or came too late, or the task returned all the same."""
-    stack = worker.process.take_stack()
-    if reply.kind is not Kind.INTERRUPTED:
-        return reply
-    return Interruption(stack, decode_traceback(reply.body) if reply.body else None)
+async def _wait_for_worker(
+    lease: Lease[Worker], fn: Callable[..., object], options: CallOptions, supervisor: Supervisor, waits: Waits
+) -> None:
+    ticket = lease.ticket = waits.ticket()
+    lease.asked = time.monotonic()
+    queue_timeout = options.queue_timeout
+    deadline = math.inf if queue_timeout is None else lease.asked + queue_timeout
+    if supervisor.dispatcher.enqueue(lease, deadline):
+        return
+    supervisor.run()  # after queueing: a start that fails fails the queue
+    if queue_timeout is not None:
+        supervisor.look_by(deadline)
+    await waits.settled(ticket)
+    ticket.result()
+    if lease.worker is None:
+        raise QueueTimeout(name_task(fn, options), queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
 async def _learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:
@@ -206,8 +178,11 @@ def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
         supervisor.notify()  # it may have been the last one that the pool waits for
 
 
-def _check_function(fn: object) -> None:
+def check_function(fn: object) -> None:
     """Raise unless `fn` can be called and returns a value, not something to await."""
+    code = getattr(fn, "__code__", None)
+    if code is not None and not code.co_flags & _ASYNC_CODE:
+        return
     if inspect.iscoroutine(fn):
         fn.close()  # or Python would warn that it was never awaited
         raise TypeError(

@@ -16,10 +16,12 @@ import os
 import sys
 
 from . import _payload, _roles, _settling
+from ._batches import run_batch
 from ._current import Task, set_current_task
-from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error
+from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import FrameDecoder, Kind, encode_frame, split_call
 from ._interrupts import Interrupts, await_interrupts
+from ._journal import Journal
 from ._status import FINISHED, PICKED_UP, RESIDENT, STAGE, STAGE_INITIALIZING, STAGE_READY, STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -138,7 +140,7 @@ def main(setup: Setup | PickledSetup) -> None:
     _settling.reset_signals()
     _settling.detach_stdin()
     _settling.close_listening_sockets()
-    page = _settling.open_status_page(setup.status)
+    page, memory = _settling.open_status_file(setup.status)
     interrupts = Interrupts(page)
     os.register_at_fork(after_in_child=lambda: _become_no_worker(channel, interrupts))
     await_interrupts(interrupts, setup.status)
@@ -163,7 +165,7 @@ def main(setup: Setup | PickledSetup) -> None:
     page[STAGE] = STAGE_READY
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the pool has gone
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, decoder, interrupts, dumps, weighs_itself=duties.weighs_itself)
+        _serve(channel, decoder, interrupts, Journal(page, memory), dumps, weighs_itself=duties.weighs_itself)
     if duties.finalizer is not None:
         _finalize(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them
@@ -192,13 +194,17 @@ def _serve(
     channel: socket.socket,
     decoder: FrameDecoder,
     interrupts: Interrupts,
+    journal: Journal,
     dumps: Callable[[object], bytes],
     *,
     weighs_itself: bool,
 ) -> None:
     while (frame := _next_call(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
         task_id = frame.task_id
-        reply = _run_call(task_id, frame.body, interrupts, dumps)
+        if frame.kind is Kind.BATCH:
+            reply = run_batch(task_id, frame.body, interrupts, journal, dumps, channel.sendall)
+        else:
+            reply = _run_call(task_id, frame.body, interrupts, dumps)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
         set_current_task(None)
         _flush_output()
@@ -231,7 +237,7 @@ def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview 
 def _run_call(task_id: int, body: memoryview, interrupts: Interrupts, dumps: Callable[[object], bytes]) -> bytes:
     """Run one task; return the frame that answers it, whatever happens."""
     stage = STAGE_ARGUMENTS
-    subject = ""
+    result: object = None
     try:
         try:
             interrupts.arm(task_id)
@@ -241,27 +247,18 @@ def _run_call(task_id: int, body: memoryview, interrupts: Interrupts, dumps: Cal
             stage = STAGE_TASK
             result = fn(*args, **kwargs)
             stage = STAGE_RESULT
-            subject = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
             return encode_frame(Kind.RESULT, task_id, dumps(result))
         finally:
             interrupts.armed = 0  # up to here an interrupt may come; it leads to the next line, even from this one
     except BaseException as error:
         if isinstance(error, TaskInterrupted) and interrupts.hit:
             return encode_frame(Kind.INTERRUPTED, task_id)
+        kind = Kind.INTERRUPTED if interrupts.hit else Kind.ERROR
+        if stage is STAGE_RESULT:
+            return encode_frame(kind, task_id, encode_unpicklable(error, result))
         if stage is STAGE_TASK and error.__traceback__ is not None:
             error.__traceback__ = error.__traceback__.tb_next  # from the task's own first line
-        elif stage is STAGE_RESULT:
-            error = _Reason(error)
-        kind = Kind.INTERRUPTED if interrupts.hit else Kind.ERROR
-        return encode_frame(kind, task_id, encode_error(error, stage, subject, dumps))
-
-
-class _Reason(Exception):
-    """Why a result does not pickle: type and message of pickle's complaint, as one text."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
-        self.__traceback__ = error.__traceback__
+        return encode_frame(kind, task_id, encode_error(error, stage, dumps=dumps))
 
 
 _flush_libc: Callable[[None], object] | None = None

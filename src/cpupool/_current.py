@@ -5,6 +5,10 @@ It runs in the workers too: stdlib only, and nothing slow to import.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Task:
     """The task that this worker is running.
@@ -13,20 +17,24 @@ class Task:
         id: its number; no other task of the same pool in this program has it, and each attempt has one of its own.
         label: as given to `pool.options(label=...)`, or None.
         attempt: 1 for the first; more when it was retried because a worker died.
+        item: the number of the running item in its `map` or `stream`, from 0; None for `run`.  Items that were sent
+            together have the same `id`.
     """
 
-    __slots__ = ("attempt", "id", "label")
+    __slots__ = ("attempt", "id", "item", "label")
 
-    def __init__(self, task_id: int, label: str | None, attempt: int) -> None:
+    def __init__(self, task_id: int, label: str | None, attempt: int, item: int | None = None) -> None:
         self.id: int = task_id
         self.label: str | None = label
         self.attempt: int = attempt
+        self.item: int | None = item
 
     def __repr__(self) -> str:
-        return f"<Task {self.id} label={self.label!r} attempt={self.attempt}>"
+        item = "" if self.item is None else f" item={self.item}"
+        return f"<Task {self.id} label={self.label!r} attempt={self.attempt}{item}>"
 
 
-_running: Task | None = None
+_running: Task | Callable[[], Task] | None = None
 
 
 def current_task() -> Task | None:
@@ -34,10 +42,10 @@ def current_task() -> Task | None:
 
     Any thread that the task has started gets the same answer.
     """
-    return _running
+    return _running() if callable(_running) else _running
 
 
-def set_current_task(task: Task | None) -> None:
-    """Note which task runs."""
+def set_current_task(task: Task | Callable[[], Task] | None) -> None:
+    """Note which task runs, or what says so."""
     global _running  # noqa: PLW0603  # a worker runs one at a time
     _running = task

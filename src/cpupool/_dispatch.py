@@ -24,8 +24,9 @@ import itertools
 import math
 import threading
 import time
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._errors import PoolClosed, PoolFull
 
@@ -73,6 +74,7 @@ class Dispatcher(Generic[W]):
         self._queue_deadlines: list[tuple[float, int, Lease[W]]] = []  # a heap; likewise
         self._sweep_at = _SWEEP_AT_LEAST
         self._bereaved: dict[Lease[W], Ticket | None] = {}  # their worker died, and they may try again
+        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()  # maps and streams: their lanes ask again and again
         self._ready_tickets: list[Ticket] = []
         self._wanted = 0  # how many workers to keep: what was needed at once so far, or all after a warm-up
         self._average_run = 0.0  # seconds; 0 before any task has ended
@@ -107,7 +109,7 @@ class Dispatcher(Generic[W]):
             PoolClosed, PoolFull: the lease is not taken.
         """
         with self._lock:
-            if self.closed and lease not in self._bereaved:
+            if self.closed and lease not in self._bereaved and lease.owner not in self._owners:
                 raise PoolClosed(self._name)
             if self._idle and len(self._lent) + len(self._recovering) < self.max_workers:
                 worker = self._idle[-1]
@@ -117,7 +119,7 @@ class Dispatcher(Generic[W]):
                 del self._idle[-1]
                 self._bereaved.pop(lease, None)
                 return True
-            if self.max_pending is not None:
+            if self.max_pending is not None and not lease.is_admitted:
                 self._check_room(lease, self.max_pending)
             if len(self._queue) + len(self._queue_deadlines) >= self._sweep_at:
                 self._sweep()
@@ -132,6 +134,22 @@ class Dispatcher(Generic[W]):
         if may_grow:
             self._notify()
         return False
+
+    def add_owner(self, owner: object) -> None:
+        """Take on a map or stream: the leases of its lanes are accepted, even after `close`, until it is removed.
+
+        Raises:
+            PoolClosed: it is not taken.
+        """
+        with self._lock:
+            if self.closed:
+                raise PoolClosed(self._name)
+            self._owners.add(owner)
+
+    def remove_owner(self, owner: object) -> None:
+        """Note that a map or stream has ended."""
+        with self._lock:
+            self._owners.discard(owner)
 
     def _check_room(self, lease: Lease[W], max_pending: int) -> None:
         room = max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
@@ -444,10 +462,11 @@ class Dispatcher(Generic[W]):
             self._bereaved[lease] = ticket
 
     def forget_bereaved(self, lease: Lease[W] | None = None) -> None:
-        """Note that this call, or any, does not begin again."""
+        """Note that this call does not begin again; or that none does, nor any lane."""
         with self._lock:
             if lease is None:
                 self._bereaved.clear()
+                self._owners.clear()
             else:
                 self._bereaved.pop(lease, None)
 
@@ -496,7 +515,12 @@ class Dispatcher(Generic[W]):
         """Return True when no call runs or waits."""
         with self._lock:
             bereaved = any(_is_wanted(ticket) for ticket in self._bereaved.values())
-            return not self._lent and not bereaved and not any(lease.is_waiting for lease in self._queue)
+            return (
+                not self._lent
+                and not self._owners
+                and not bereaved
+                and not any(lease.is_waiting for lease in self._queue)
+            )
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""

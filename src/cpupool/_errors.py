@@ -348,8 +348,7 @@ def encode_error(
     """
     import traceback
 
-    kind = type(error)
-    type_name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    type_name = _full_name(type(error))
     try:
         text = str(error)
     except BaseException:
@@ -360,6 +359,21 @@ def encode_error(
         trace = "".join(traceback.format_tb(error.__traceback__)) + type_name + "\n"
     record = (stage, subject or type_name, text, trace, _dump_exception(error, dumps))
     return _payload.dumps(tuple(_sendable(item) for item in record))
+
+
+def encode_unpicklable(error: BaseException, result: object) -> bytes:
+    """Encode what pickling a result has raised: the type of the result, and pickle's complaint as one text."""
+    reason = _Reason(f"{type(error).__name__}: {error}")
+    reason.__traceback__ = error.__traceback__
+    return encode_error(reason, STAGE_RESULT, _full_name(type(result)))
+
+
+class _Reason(Exception):
+    """Why a result does not pickle."""
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 def _sendable(item: str | bytes | None) -> str | bytes | None:

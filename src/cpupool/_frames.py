@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from typing import NamedTuple
 
 
 class Kind(enum.IntEnum):
@@ -20,9 +21,9 @@ class Kind(enum.IntEnum):
     ERROR = 4  # worker → pool: an encoded error (see `_errors`); before READY, the initializer's
     BYE = 5  # pool → worker: finish and exit
     INTERRUPTED = 6  # worker → pool: the interrupt has ended the task; and the encoded error that it made of it, if any
-    SETUP = (
-        7  # pool → worker, before anything else where a new process is not a fork: the initializer and its arguments
-    )
+    SETUP = 7  # pool → worker, first of all where a new process is not a fork: the initializer and its arguments
+    BATCH = 8  # pool → worker: run these items (see `encode_batch`); answered like a CALL, by one frame
+    PARTIAL = 9  # worker → pool: some results of a batch; its answer is still to come
 
 
 # One byte of kind, eight of task id, eight of body length; little-endian, no padding.
@@ -66,6 +67,45 @@ def split_call(body: memoryview) -> tuple[int, bytes, memoryview]:
     attempt, size = _CALL.unpack_from(body)
     end = _CALL_SIZE + size
     return attempt, bytes(body[_CALL_SIZE:end]), body[end:]
+
+
+class BatchHead(NamedTuple):
+    """How a batch is to be run.
+
+    Attributes:
+        attempt: 1, or more if its one item was retried.
+        first: the number of its first item in the whole map or stream.
+        limit: how many of its items to run at most.
+        budget: seconds after which no further item is begun.
+        stops_at_error: True if an error ends the batch.
+        is_timed: True if it must be known when each item began.
+    """
+
+    attempt: int
+    first: int
+    limit: int
+    budget: float
+    stops_at_error: bool
+    is_timed: bool
+
+
+# Attempt, first, limit, budget, the two flags; the lengths of label and pickled function.
+_BATCH = struct.Struct("<IQQd??IQ")
+
+
+def encode_batch(task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes) -> bytes:
+    """Return the bytes of a BATCH frame: its head, the label, the pickled function and the pickled items."""
+    body = _BATCH.pack(*head, len(label), len(function)) + label + function + items
+    return _HEADER.pack(Kind.BATCH, task_id, len(body)) + body
+
+
+def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryview]:
+    """Return head, label, pickled function and pickled items from the body of a BATCH frame."""
+    *head, label_size, function_size = _BATCH.unpack_from(body)
+    label_end = _BATCH.size + label_size
+    function_end = label_end + function_size
+    label, function = bytes(body[_BATCH.size : label_end]), body[label_end:function_end]
+    return BatchHead(*head), label, function, body[function_end:]
 
 
 class FrameDecoder:

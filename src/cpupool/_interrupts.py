@@ -9,7 +9,7 @@ import faulthandler
 import signal
 
 from ._errors import TaskInterrupted
-from ._status import CONDEMNED, INTERRUPT_SIGNAL, INTERRUPTED, STARTED
+from ._status import CONDEMNED, CONDEMNED_ITEM, DONE, EVERY_ITEM, INTERRUPT_SIGNAL, INTERRUPTED, STARTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Interrupts:
     Rules: the pool writes the condemned task's id into the page before it sends the signal; a task is armed before it
     looks at the page.  So whichever comes first, the signal or the task, one of the two sees the other.  A signal that
     comes when its task is not armed, be it late or early, does nothing: the page names another task, or none is armed.
+    Of a batch, the pool may condemn one item; then it is that item which feels it, or nobody.
 
     Attributes:
         armed: the id of the task that may be interrupted now, 0 for none.  A task is interrupted once at most.
@@ -49,11 +50,14 @@ class Interrupts:
 
         Else it waits for the pool's next signal.
         """
-        if self.armed and self.page[CONDEMNED] == self.armed and not _must_not_raise_in(frame):
+        if self.armed and self._is_condemned() and not _must_not_raise_in(frame):
             self.page[INTERRUPTED] = self.armed
             self.armed = 0
             self.hit = True
             raise TaskInterrupted
+
+    def _is_condemned(self) -> bool:
+        return self.page[CONDEMNED] == self.armed and self.page[CONDEMNED_ITEM] in (EVERY_ITEM, self.page[DONE])
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:

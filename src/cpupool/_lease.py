@@ -28,6 +28,11 @@ class Lease(Generic[W]):
 
     Attributes:
         task_id: of the attempt.
+        owner: the map or stream that has made it, or None.
+        is_admitted: True if it need not be asked whether there is room in the queue: its owner has begun to run.
+        item_timeout: seconds that each item of a batch may run, or None.
+        condemned_item: the number of the item that is interrupted, None for the whole task.
+        item_started: when that item began, 0 without one.
         worker: what it holds, or None.
         ticket: what it waits on in the queue, None if it has not waited.
         heir: the lease to which its worker is going, until that is settled.
@@ -41,10 +46,15 @@ class Lease(Generic[W]):
 
     __slots__ = (
         "asked",
+        "condemned_item",
         "deadline",
         "heir",
         "interrupted",
+        "is_admitted",
         "is_expired",
+        "item_started",
+        "item_timeout",
+        "owner",
         "started",
         "task_id",
         "ticket",
@@ -52,9 +62,12 @@ class Lease(Generic[W]):
         "worker",
     )
 
-    def __init__(self, task_id: int) -> None:
+    def __init__(self, task_id: int, owner: object = None, *, is_admitted: bool = False) -> None:
         self.worker: W | None = None
         self.heir: Lease[W] | None = None
+        self.owner = owner
+        self.is_admitted = is_admitted
+        self.item_timeout: float | None = None
         self.begin(task_id)
 
     def begin(self, task_id: int) -> None:
@@ -67,6 +80,16 @@ class Lease(Generic[W]):
         self.deadline = math.inf
         self.interrupted = math.inf
         self.verdict: Verdict | None = None
+        self.condemned_item: int | None = None
+        self.item_started = 0.0
+
+    def pardon(self, deadline: float) -> None:
+        """Take a verdict back whose item has ended before it felt the interrupt; the next one has until `deadline`."""
+        self.verdict = None
+        self.condemned_item = None
+        self.item_started = 0.0
+        self.interrupted = math.inf
+        self.deadline = deadline
 
     @property
     def queued(self) -> float:

@@ -155,6 +155,18 @@ def first_type(data: memoryview | bytes) -> str | None:
     return None
 
 
+def dumps_function(fn: Callable[..., object], dumps: Callable[[object], bytes]) -> bytes:
+    """Pickle a function alone.
+
+    Raises:
+        TaskNotPicklable: it cannot be pickled; it names the cure.
+    """
+    try:
+        return dumps(fn)
+    except Exception as error:
+        raise explain(fn, (), {}, dumps, error) or error from error
+
+
 def dumps_call(
     fn: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], dumps: Callable[[object], bytes]
 ) -> bytes:
@@ -166,20 +178,20 @@ def dumps_call(
     try:
         return dumps((fn, args, kwargs))
     except Exception as error:
-        explained = _explain(fn, args, kwargs, dumps, error)
+        explained = explain(fn, args, kwargs, dumps, error)
         if explained is None:
             raise
         raise explained from error
 
 
-def _explain(
+def explain(
     fn: Callable[..., object],
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     dumps: Callable[[object], bytes],
     error: Exception,
 ) -> Exception | None:
-    """Find the part of a call that pickle refuses, by trying each one alone; None if it refuses nothing any more."""
+    """Find the part of a call that pickle refuses with `error`, by trying each one alone; None if none any more."""
     from ._errors import TaskNotPicklable, describe_callable
 
     task = describe_callable(fn)

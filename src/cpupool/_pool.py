@@ -1,42 +1,36 @@
-"""The pool as users see it: calls, options, start and end.
+"""The pool as users see it: its settings, its start and its end.
 
-The way of a call, from `run` or `run_sync` down, is in `_call`; what happens to the workers meanwhile, in
-`_supervisor`.
+Its calls are in `_calls`; what happens to the workers meanwhile, in `_supervisor`.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from ._call import Call
+from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
 from ._forking import at_fork
-from ._settings import UNSET, CallOptions, Settings, Unset
+from ._settings import Settings
 from ._starting import WorkerStarter
 from ._supervisor import Supervisor
-from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
+from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
 
-    from ._executor import PoolExecutorFace
     from ._waiting import Waits
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
 
 
-class CpuPool:
+class CpuPool(PoolCalls):
     """Runs functions in worker processes, for any event loop, any thread, several at once.
 
     Creating a pool starts nothing.  Workers start when calls need them, or all at once with `warm_up()`; entering the
@@ -181,80 +175,9 @@ class CpuPool:
         """True once the pool takes no more calls."""
         return self._dispatcher.closed
 
-    # --- calls ---
-
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `fn(*args, **kwargs)` in a worker and return what it returns.
-
-        The function and its arguments are pickled: define the function at the top level of a module.
-
-        Raises:
-            Exception: whatever `fn` raises, with the worker's traceback as `__cause__`.
-            RemoteError: it raised what cannot be rebuilt, or must not be raised, here.
-            TaskNotPicklable: the function or an argument cannot be sent.
-            ResultNotPicklable: what it returned cannot be sent back.
-            WorkerDied: its worker died; other calls are unaffected.
-            TaskTimeout: it ran longer than its `timeout`.
-            QueueTimeout: no worker came free within its `queue_timeout`.
-            PoolFull: `max_pending` calls wait already.
-            InitializerFailed, PoolBroken: no worker could be started.
-            PoolClosed: the pool was closed before, or while, it ran.
-
-        Cancellation: the caller returns at once.  A call that waits leaves the queue.  A running task is interrupted
-            (`TaskInterrupted` is raised in it), and its worker lives on; if it has not ended after `grace` seconds, the
-            worker is killed and replaced.
-        """
-        result: T = await Call(fn, args, kwargs, self._options).complete(self._supervisor, _async_waits())
-        return result
-
-    def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `fn(*args, **kwargs)` in a worker from a thread without an event loop, and return what it returns.
-
-        Raises:
-            RuntimeError: this thread runs an event loop, which would stand still meanwhile.
-            Exception: as `run`.
-
-        Cancellation: Ctrl-C in the main thread stops the task.
-        """
-        refuse_in_event_loop("run_sync", "await pool.run(...)")
-        call = Call(fn, args, kwargs, self._options)
-        result: T = run_to_end(call.complete(self._supervisor, BlockingWaits()))
-        return result
-
-    def options(
-        self,
-        *,
-        timeout: float | Unset | None = UNSET,
-        queue_timeout: float | Unset | None = UNSET,
-        retries: int | Unset = UNSET,
-        label: str | Unset | None = UNSET,
-    ) -> CpuPoolView:
-        """Return a view of this pool whose calls have other options: `pool.options(timeout=5).run(fn, 1)`.
-
-        What is not given stays as it is.  Views are light; make one for a call, or keep it.
-
-        Args:
-            timeout: seconds that a task may run, from the moment it is sent to a worker; None for no limit.  Then it is
-                interrupted: `TaskInterrupted` is raised in it, and `TaskTimeout` here.  A task that has not ended
-                `grace` seconds later is killed with its worker.  Each attempt has the whole time.
-            queue_timeout: seconds that a call may wait for a worker; None for no limit.  Then `QueueTimeout` is raised,
-                and it has not run.  With 0, it runs only if a worker is idle.
-            retries: how often the call is run again after its worker died.
-            label: a name for the call, instead of the function's, in errors and in `current_task()`.
-
-        Raises:
-            TypeError, ValueError: an option is not what it can be; the message names it.
-        """
-        options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
-        return CpuPoolView(self, options)
-
-    def as_executor(self) -> PoolExecutorFace:
-        """Return a `concurrent.futures.Executor` over the same workers, for code that wants one.
-
-        It works with `asyncio`'s `run_in_executor`, `concurrent.futures.wait` and `as_completed`.  Shutting it down
-        does not close the pool.  Its calls are made from a thread of its own, which ends with it.
-        """
-        return _make_executor(self, self.run)
+    @property
+    def _home(self) -> CpuPool:
+        return self
 
     # --- start and end ---
 
@@ -267,7 +190,7 @@ class CpuPool:
 
         Cancellation: the workers go on starting.
         """
-        await self._warm_up(_async_waits())
+        await self._warm_up(async_waits())
 
     async def _warm_up(self, waits: Waits) -> None:
         ticket = waits.ticket()
@@ -289,7 +212,7 @@ class CpuPool:
 
         Cancellation: the pool closes all the same; only the waiting ends.
         """
-        await self._close(drain, _async_waits())
+        await self._close(drain, async_waits())
 
     def close(self, drain: float | None = None) -> None:
         """Do as `aclose`, from a thread without an event loop.
@@ -323,7 +246,7 @@ class CpuPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        waits = _async_waits()
+        waits = async_waits()
         drain = _drain_after(kind)
         try:
             with waits.shielded():
@@ -381,74 +304,9 @@ class CpuPool:
         self._dispatcher.closed = closed
 
 
-class CpuPoolView:
-    """A pool's calls with other options; `CpuPool.options` makes it."""
-
-    __slots__ = ("_options", "_pool")
-
-    def __init__(self, pool: CpuPool, options: CallOptions) -> None:
-        self._pool = pool
-        self._options = options
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._pool!r}: {self._options}>"
-
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do as `CpuPool.run`."""
-        result: T = await Call(fn, args, kwargs, self._options).complete(self._pool._supervisor, _async_waits())
-        return result
-
-    def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do as `CpuPool.run_sync`."""
-        refuse_in_event_loop("run_sync", "await pool.run(...)")
-        call = Call(fn, args, kwargs, self._options)
-        result: T = run_to_end(call.complete(self._pool._supervisor, BlockingWaits()))
-        return result
-
-    def options(
-        self,
-        *,
-        timeout: float | Unset | None = UNSET,
-        queue_timeout: float | Unset | None = UNSET,
-        retries: int | Unset = UNSET,
-        label: str | Unset | None = UNSET,
-    ) -> CpuPoolView:
-        """Do as `CpuPool.options`; what is not given stays as it is in this view."""
-        options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
-        return CpuPoolView(self._pool, options)
-
-    def as_executor(self) -> PoolExecutorFace:
-        """Do as `CpuPool.as_executor`; its calls have the options of this view."""
-        return _make_executor(self._pool, self.run)
-
-
-def _make_executor(pool: CpuPool, run: Callable[..., Awaitable[Any]]) -> PoolExecutorFace:
-    from ._executor import PoolExecutorFace  # here: it loads asyncio, which most callers of a pool never need
-
-    return PoolExecutorFace(pool, run)
-
-
-def _async_waits() -> Waits:
-    return _waits_on(running_loop())
-
-
 def _drain_after(kind: type[BaseException] | None) -> float | None:
     """Return how long to drain a pool whose block was left: not at all by Ctrl-C, or when its task was cancelled."""
     return None if kind is None or issubclass(kind, Exception) else 0
-
-
-@functools.cache
-def _waits_on(library: str | None) -> Waits:
-    """Load what waiting on an event loop needs: by the first call that does."""
-    if library == "asyncio":
-        from ._asyncio_waits import AsyncioWaits
-
-        return AsyncioWaits()
-    if library == "trio":
-        from ._trio_waits import TrioWaits
-
-        return TrioWaits()
-    raise RuntimeError("no event loop of asyncio or trio is running in this thread; use run_sync without one")
 
 
 # --- the process's end, and its forks ---

@@ -9,8 +9,10 @@ its real parent.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import marshal
+import math
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.spawn
@@ -21,14 +23,17 @@ import sys
 import weakref
 from typing import TYPE_CHECKING
 
-from . import _child, _settling, _status
+from . import _batches, _child, _settling, _status
 from ._forking import at_fork
+from ._journal import JOURNAL_SIZE, read_journal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
+_NO_TASKS = (_child.__file__, _batches.__file__)  # the files whose frames are not a task's own
+_STACKS = _status.STATUS_PAGE_SIZE + JOURNAL_SIZE  # where they are in the status file
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -166,13 +171,42 @@ class WorkerProcess:
     def _read_cell(self, index: int) -> int:
         return int.from_bytes(os.pread(self._status, _status.CELL_SIZE, index * _status.CELL_SIZE), sys.byteorder)
 
-    def condemn(self, task_id: int) -> None:
-        """Let that task be interrupted: at its start, if it has not started, else by the next signal."""
+    def items_done(self, task_id: int) -> int | None:
+        """Return how many items of a batch are done, which is the number of the one that runs; None before any can."""
+        done = self._read_cell(_status.DONE)
+        return done if self.has_started(task_id) and done != _status.NOT_BEGUN else None
+
+    def running_item(self, task_id: int) -> tuple[int, float] | None:
+        """Return the number of a timed batch's running item, and when it began, in monotonic seconds.
+
+        None before any item runs, infinite while results are being sent.
+        """
+        while (item := self.items_done(task_id)) is not None:
+            since = self._read_cell(_status.SINCE)
+            if self.items_done(task_id) == item:
+                return item, math.inf if since == _status.NOT_NOW else since / 1e9
+        return None
+
+    def read_journal(self, task_id: int) -> bytes | None:
+        """Return the results of that batch that its worker holds back; None if there are none."""
+        if not self.has_started(task_id):
+            return None
+        read = functools.partial(os.pread, self._status)
+        return read_journal(self._read_cell, lambda size, at: read(size, _status.STATUS_PAGE_SIZE + at))
+
+    def condemn(self, task_id: int, item: int = _status.EVERY_ITEM) -> None:
+        """Let that task be interrupted: at its start, if it has not started, else by the next signal.
+
+        Of a batch, only while that item runs.
+        """
         if self._is_forgotten:
             return
         self._forget_stacks()  # what follows is of this task
-        condemned = task_id.to_bytes(_status.CELL_SIZE, sys.byteorder)
-        os.pwrite(self._status, condemned, _status.CONDEMNED * _status.CELL_SIZE)
+        self._write_cell(_status.CONDEMNED_ITEM, item)
+        self._write_cell(_status.CONDEMNED, task_id)
+
+    def _write_cell(self, index: int, value: int) -> None:
+        os.pwrite(self._status, value.to_bytes(_status.CELL_SIZE, sys.byteorder), index * _status.CELL_SIZE)
 
     def send_interrupt(self) -> None:
         """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs."""
@@ -186,20 +220,20 @@ class WorkerProcess:
 
     def take_stack(self) -> str | None:
         """Return, and forget, the Python stack that `faulthandler` wrote at a crash, or else at the first interrupt."""
-        text = os.pread(self._status, _MAX_STACK_BYTES, _status.STATUS_PAGE_SIZE).decode("utf-8", "replace")
+        text = os.pread(self._status, _MAX_STACK_BYTES, _STACKS).decode("utf-8", "replace")
         if not text:
             return None
         self._forget_stacks()
         crash = text.find(_status.CRASH_HEADING)
         stacks = text[max(crash, 0) :].split(f"\n{_status.STACK_HEADING}")
         text = f"\n{_status.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
-        own = itertools.takewhile(lambda line: _child.__file__ not in line, text.splitlines())  # the task's own frames
+        own = itertools.takewhile(lambda line: not any(map(line.__contains__, _NO_TASKS)), text.splitlines())
         stack = "\n".join(own).strip()
         return None if stack in ("", _status.STACK_HEADING) else stack
 
     def _forget_stacks(self) -> None:
-        os.ftruncate(self._status, _status.STATUS_PAGE_SIZE)
-        os.lseek(self._status, _status.STATUS_PAGE_SIZE, os.SEEK_SET)  # of the worker too: it is one open file
+        os.ftruncate(self._status, _STACKS)
+        os.lseek(self._status, _STACKS, os.SEEK_SET)  # of the worker too: it is one open file
 
     def kill(self) -> None:
         """End the process and what it started, at once."""
@@ -266,7 +300,7 @@ def _main_path_without_file() -> str | None:
 
 
 def _open_status_file() -> int:
-    """Make a file of memory without a name, one page long, for the worker's status and crash stack."""
+    """Make a file of memory without a name, for the worker's status page, its journal, and stacks."""
     if hasattr(os, "memfd_create"):
         number = os.memfd_create("cpupool-status")
     else:
@@ -274,7 +308,7 @@ def _open_status_file() -> int:
 
         with tempfile.TemporaryFile() as file:
             number = os.dup(file.fileno())
-    os.truncate(number, _status.STATUS_PAGE_SIZE)
+    os.truncate(number, _STACKS)
     return number
 
 

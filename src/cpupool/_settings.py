@@ -166,6 +166,11 @@ class CallOptions:
         return dataclasses.replace(self, **{name: each for name, each in changes.items() if each is not UNSET})
 
 
+def encode_label(options: CallOptions) -> bytes:
+    """Return the label as a worker is told it; empty for none."""
+    return b"" if options.label is None else options.label.encode("utf-8", "backslashreplace")
+
+
 def _check_context(context: object) -> None:
     import multiprocessing
 

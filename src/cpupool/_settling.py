@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 
+from ._journal import JOURNAL_SIZE
 from ._status import STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -123,10 +124,12 @@ def close_listening_sockets() -> None:
             inherited.detach()
 
 
-def open_status_page(status: int) -> memoryview:
-    os.lseek(status, STATUS_PAGE_SIZE, os.SEEK_SET)
+def open_status_file(status: int) -> tuple[memoryview, memoryview]:
+    """Return the status page, as cells, and the memory of the journal."""
+    os.lseek(status, STATUS_PAGE_SIZE + JOURNAL_SIZE, os.SEEK_SET)
     faulthandler.enable(status, all_threads=False)
-    return memoryview(mmap.mmap(status, STATUS_PAGE_SIZE)).cast("Q")
+    memory = memoryview(mmap.mmap(status, STATUS_PAGE_SIZE + JOURNAL_SIZE))
+    return memory[:STATUS_PAGE_SIZE].cast("Q"), memory[STATUS_PAGE_SIZE:]
 
 
 def read_resident(process: int | str) -> int | None:

@@ -19,7 +19,9 @@ STATUS_PAGE_SIZE = mmap.PAGESIZE
 
 # The cells, each a native unsigned 64-bit number.  The first five hold task ids.
 PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
+CONDEMNED_ITEM, DONE, SENT, COLUMN, SINCE = range(7, 12)  # of a batch; SINCE in monotonic nanoseconds
 CELL_SIZE = 8
+EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM, in DONE until the items are there, in SINCE
 
 # What STAGE holds: how far a worker has come.
 STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)

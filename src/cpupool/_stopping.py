@@ -20,8 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._frames import ProtocolError
+from ._frames import Kind, ProtocolError
 from ._lease import Verdict
+from ._status import EVERY_ITEM
 from ._worker import State, WorkerGone
 
 if TYPE_CHECKING:
@@ -63,18 +64,39 @@ class Stopping:
         for lease in self._dispatcher.leases():
             if lease.deadline > now:
                 continue
+            if lease.item_timeout is not None and self._has_time_left(lease, lease.item_timeout, now):
+                continue
             if lease.verdict is None:
-                self.interrupt(lease, Verdict.TIMED_OUT)
+                self.interrupt(lease, Verdict.TIMED_OUT, lease.condemned_item)
             else:
                 self._kill(lease)
         for worker, reminder in list(self._reminders.items()):
             if reminder.due <= now:
                 self._remind(worker, reminder)
 
+    def _has_time_left(self, lease: Lease[Worker], timeout: float, now: float) -> bool:
+        """Move the deadline of a batch if another item runs than the one it was made for; else note that item."""
+        worker = lease.worker
+        running = None if worker is None else worker.process.running_item(lease.task_id)
+        if running is None or lease.verdict not in (None, Verdict.TIMED_OUT):
+            return False
+        item, since = running
+        if lease.verdict is None:
+            lease.condemned_item, lease.item_started = item, since
+        elif lease.condemned_item in (None, item):
+            return False
+        deadline = since + timeout if since < math.inf else now + timeout
+        if lease.verdict is None and deadline <= now:
+            return False
+        lease.pardon(deadline)
+        return True
+
     def _remind(self, worker: Worker, reminder: _Reminder) -> None:
         process, task_id = worker.process, reminder.lease.task_id
         is_over = worker.state is State.READY and reminder.lease.worker is not worker
         is_gone = worker.state not in (State.READY, State.RECOVERING)
+        if (timeout := reminder.lease.item_timeout) is not None and not is_over and not is_gone:
+            is_over = reminder.lease.verdict is None or self._has_time_left(reminder.lease, timeout, time.monotonic())
         if is_over or is_gone or process.has_felt_interrupt(task_id) or process.has_finished(task_id):
             del self._reminders[worker]
             return
@@ -83,15 +105,17 @@ class Stopping:
         reminder.due += reminder.interval
         reminder.interval *= 2
 
-    def interrupt(self, lease: Lease[Worker], verdict: Verdict) -> None:
-        """Interrupt a task, unless it has been before."""
+    def interrupt(self, lease: Lease[Worker], verdict: Verdict, item: int | None = None) -> None:
+        """Interrupt a task, unless it has been before; of a batch only that item, or all."""
         worker = lease.worker
-        if lease.verdict is not None or worker is None:
+        is_said = lease.verdict is not None and lease.condemned_item is None
+        if is_said or worker is None:
             return
+        lease.condemned_item = item
         lease.interrupted = time.monotonic()
         lease.deadline = lease.interrupted + self._grace
         lease.verdict = verdict  # before the answer can come
-        worker.process.condemn(lease.task_id)
+        worker.process.condemn(lease.task_id, EVERY_ITEM if item is None else item)
         if worker.process.has_started(lease.task_id):  # else it looks at its start whether it is condemned
             worker.process.send_interrupt()
         self._reminders[worker] = _Reminder(lease, lease.interrupted + FIRST_REMINDER, FIRST_REMINDER)
@@ -123,6 +147,8 @@ class Stopping:
             if worker.unsent is not None and worker.send_rest():
                 self._crew.watch_channel(worker, self._on_answer)  # it was given up before all was sent
             frame = worker.receive()
+            while frame is not None and frame.kind is Kind.PARTIAL:
+                frame = worker.next_frame()  # nobody wants it
         except (WorkerGone, ConnectionError, ProtocolError):
             self._crew.unwatch_channel(worker)
             self._crew.kill(worker)

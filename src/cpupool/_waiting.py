@@ -28,7 +28,9 @@ SIGNAL_LATENCY = 0.5
 class Waits(Protocol):
     """The ways in which a call waits."""
 
-    async def readable(self, channel: socket.socket) -> None: ...
+    async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
+        """Wait until it can be read, or for so many seconds."""
+        ...
 
     async def writable(self, channel: socket.socket) -> None: ...
 
@@ -116,8 +118,11 @@ class Ticket:
 class BlockingWaits:
     """Waits by blocking the thread; Ctrl-C in the main thread ends the wait."""
 
-    async def readable(self, channel: socket.socket) -> None:
-        _block_until(channel, select.POLLIN)
+    async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
+        if timeout is None:
+            _block_until(channel, select.POLLIN)
+        else:
+            select.select([channel], [], [], timeout)
 
     async def writable(self, channel: socket.socket) -> None:
         _block_until(channel, select.POLLOUT)

@@ -24,12 +24,15 @@ from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
 from ._status import CRASH_HEADING, UNKNOWN_STATUS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._frames import Frame
     from ._process import WorkerProcess
     from ._waiting import Ticket, Waits
 
 _RECEIVE_SIZE = 64 * 1024
 _MAX_RECEIVE_SIZE = 1024 * 1024
+FIRST_LOOK, LONGEST_LOOK = 0.005, 0.1  # seconds without a frame, after which a batch's journal is looked at
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have set SIGPIPE to end it
 
 
@@ -62,7 +65,8 @@ class Death:
 
     `stack` is what `faulthandler` wrote: at a crash, or else at an interrupt.  `by_pool` says that the pool itself has
     killed it to stop it.  `oom` says that it was for want of memory; `excess`, what it held and what it might,
-    if it was the pool that did not let it have more.
+    if it was the pool that did not let it have more.  If it ran a batch, `item` is the number of the item that ran, None
+    if none had begun, and `journal` the results that it held back.
     """
 
     pid: int
@@ -73,6 +77,8 @@ class Death:
     by_pool: bool
     oom: bool | None
     excess: tuple[int, int] | None
+    item: int | None
+    journal: bytes | None
 
     @property
     def crash_stack(self) -> str | None:
@@ -178,6 +184,65 @@ class Worker:
         self.in_call = False
         return reply
 
+    async def exchange_batch(
+        self,
+        task_id: int,
+        batch: bytes,
+        size: int,
+        waits: Waits,
+        on_sent: Callable[[], object],
+        take: Callable[[memoryview | bytes], int],
+    ) -> Frame:
+        """Send a batch, a whole frame, and wait for its answer.
+
+        Args:
+            task_id, batch, waits: as for `exchange`.
+            size: how many items it has.
+            on_sent: called when it is sent.
+            take: called with each body of results: from partial answers, from the answer, and, if nothing has come for
+                a while, from the journal; returns how many of the items are done.
+
+        Raises:
+            WorkerGone: the connection ended first.
+
+        Cancellation: as for `exchange`.
+        """
+        channel = self.process.channel
+        self.tasks_left -= size
+        self.unsent = memoryview(batch)
+        self.in_call = True
+        try:
+            while not self.send_rest():
+                await waits.writable(channel)
+            on_sent()
+            patience: float | None = FIRST_LOOK
+            while True:
+                await waits.readable(channel, patience)
+                frame = self.next_frame()
+                while frame is not None and frame.kind is Kind.PARTIAL:
+                    patience = FIRST_LOOK
+                    take(frame.body)
+                    frame = self.next_frame()
+                if frame is not None:
+                    break
+                held = None if patience is None else self.process.read_journal(task_id)
+                if held is not None and take(held) == size - 1:
+                    patience = None  # the last one runs
+                elif patience is not None:
+                    patience = min(2 * patience, LONGEST_LOOK)
+        except (ConnectionError, ProtocolError) as error:
+            raise WorkerGone from error
+        if frame.task_id != task_id:
+            raise WorkerGone
+        if frame.kind is Kind.RESULT:
+            self.tasks_left += size - take(frame.body)
+        self.in_call = False
+        return frame
+
+    def next_frame(self) -> Frame | None:
+        """Take the next of several frames; None if it is not complete.  Raises as `receive`."""
+        return self._decoder.next_frame() or self.receive()
+
     def send_rest(self) -> bool:
         """Send what the socket takes of what is unsent; return True if that was all.
 
@@ -261,4 +326,6 @@ class Worker:
             by_pool=self.was_killed and self.excess is None,
             oom=self._was_oom_killed(is_known=status is not None),
             excess=self.excess,
+            item=self.process.items_done(self.process.last_task_id()),
+            journal=self.process.read_journal(self.process.last_task_id()),
         )

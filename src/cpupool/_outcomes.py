@@ -1,0 +1,82 @@
+"""What becomes of a task: its value or its error, made of what the worker has answered or how it died."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import _payload
+from ._errors import (
+    PoolClosed,
+    RemoteTraceback,
+    ResultNotPicklable,
+    TaskTimeout,
+    WorkerDied,
+    decode_traceback,
+    describe_callable,
+)
+from ._frames import Kind
+from ._lease import Lease, Verdict
+from ._worker import Death
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._frames import Frame
+    from ._settings import CallOptions
+    from ._worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """How an interrupted task ended: where it was, and the traceback of the error that it made of it, if any."""
+
+    stack: str | None
+    traceback: str | None
+
+
+def read_interruption(reply: Frame, worker: Worker) -> Frame | Interruption:
+    """Look what became of an interrupt: it has ended the task, or came too late, or the task returned all the same."""
+    stack = worker.process.take_stack()
+    if reply.kind is not Kind.INTERRUPTED:
+        return reply
+    return Interruption(stack, decode_traceback(reply.body) if reply.body else None)
+
+
+def name_task(fn: Callable[..., object], options: CallOptions) -> str:
+    """Return what errors call a task."""
+    return describe_callable(fn) if options.label is None else options.label
+
+
+def load_value(pickled: memoryview | bytes, fn: Callable[..., object], options: CallOptions) -> Any:
+    """Rebuild what a task has returned, or raise `ResultNotPicklable`."""
+    try:
+        return _payload.loads_result(pickled)
+    except _payload.RebuildFailed as failed:
+        error = failed.__cause__
+        reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
+        result_type = _payload.first_type(pickled) or "a value"
+        raise ResultNotPicklable(name_task(fn, options), result_type, reason) from error
+
+
+def make_stop_error(
+    outcome: Interruption | Death, lease: Lease[Worker], fn: Callable[..., object], options: CallOptions, pool: str
+) -> Exception:
+    """Say why the pool has stopped a task."""
+    error: Exception
+    if lease.verdict is Verdict.TIMED_OUT:
+        ran = lease.interrupted - (lease.item_started or lease.started)
+        error = TaskTimeout(name_task(fn, options), options.timeout or 0.0, lease.queued, ran, outcome.stack)
+    else:
+        error = PoolClosed(pool)
+    if isinstance(outcome, Interruption):
+        error.__cause__ = None if outcome.traceback is None else RemoteTraceback(outcome.traceback)
+    elif not outcome.by_pool:
+        error.__cause__ = make_death_error(outcome, fn, options)
+    return error
+
+
+def make_death_error(death: Death, fn: Callable[..., object], options: CallOptions) -> WorkerDied:
+    """Say how the worker of a task has died."""
+    facts = (death.pid, death.exitcode, death.signal, death.oom, name_task(fn, options), death.crash_stack)
+    return WorkerDied(*facts, *(death.excess or ()))
