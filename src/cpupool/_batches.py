@@ -1,9 +1,9 @@
 """What runs in a worker when one task has many items.
 
-Theory of operation: a batch brings a function and columns of items, one for each iterable of a `map`.  The items run one
-after another.  Their results are written into the journal (`_journal`) and sent from it when they are a few milliseconds
-old, so that tiny items share a frame, while nothing that is done can be lost.  The clock is looked at between strides:
-runs of items, so many that a stride takes a fraction of that time, one if they are long.
+Theory of operation: a batch brings a function and columns of items, one for each iterable of a `map`.  The items run
+one after another.  Their results are written into the journal (`_journal`) and sent from it when they are a few
+milliseconds old, so that tiny items share a frame, while nothing that is done can be lost.  The clock is looked at
+between strides: runs of items, so many that a stride takes a fraction of that time; one, if they are long.
 
 It runs in the workers: stdlib and lower layers only.
 """
@@ -17,8 +17,8 @@ from . import _payload
 from ._current import Task, set_current_task
 from ._errors import STAGE_ARGUMENTS, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import Kind, encode_frame, split_batch
-from ._journal import COLUMN_LENGTH, FORMATS
-from ._status import COLUMN, DONE, NOT_BEGUN, NOT_NOW, SENT, SINCE
+from ._journal import COLUMN_LENGTH, DATA_SIZE, NUMBERS, RECORDS
+from ._status import COLUMN, HELD, NOT_BEGUN, NOT_NOW, SENT, SINCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run_batch(
 ) -> bytes:
     """Run a batch; send results on the way, and return the frame that answers it, whatever happens."""
     batch = None
-    interrupts.page[DONE] = NOT_BEGUN
+    interrupts.page[SENT] = NOT_BEGUN
     try:
         try:
             head, label, function, items = split_batch(body)
@@ -99,7 +99,7 @@ class _Batch:
         self._interrupts = interrupts
         self._journal = journal
         self._dumps = dumps
-        self._send = send
+        self._send_bytes = send
         self._page = interrupts.page
         self._only: Iterator[Any] = iter(columns[0])  # the items themselves, where each is the only argument
         self._arguments = zip(self._only, *columns[1:], strict=False)
@@ -111,128 +111,146 @@ class _Batch:
     @property
     def item(self) -> int:
         """The number of the running item in the whole map."""
-        return self._head.first + self._page[DONE]  # type: ignore[no-any-return]
+        return self._head.first + self._journal.done
+
+    @property
+    def _done(self) -> int:
+        done: int = self._page[SENT] + self._page[HELD]
+        return done
 
     def run(self) -> None:
         head, journal, page = self._head, self._journal, self._page
         page[SINCE] = time.monotonic_ns() if head.is_timed else NOT_NOW
         journal.begin()
         stride, now = 1, self._began
-        while not self._is_over and (left := head.limit - page[DONE]) > 0 and now - self._began <= head.budget:
-            count = min(stride, left, COLUMN_LENGTH - journal.held)
-            self._run_stride(page[DONE] + count)
+        while not self._is_over and (left := head.limit - self._done) > 0 and now - self._began <= head.budget:
+            count = min(stride, left, COLUMN_LENGTH - page[HELD])
+            self._run_stride(self._done + count)
             before, now = now, time.monotonic()
             stride = min(max(int(count * _STRIDE / max(now - before, 1e-9)), 1), 4 * count)
-            if now - self._sent_at >= HOLD or journal.held == COLUMN_LENGTH:
+            if now - self._sent_at >= HOLD or page[HELD] == COLUMN_LENGTH:
                 self.send_held()
                 now = time.monotonic()
 
     def _run_stride(self, goal: int) -> None:
         """Run items until `goal` of them are done, or the batch is over."""
         page = self._page
-        while page[DONE] < goal and not self._is_over:
+        while (left := goal - self._done) > 0 and not self._is_over:
             try:
-                if page[COLUMN] in _NUMBERS:
-                    self._run_for_numbers(goal, _NUMBERS[page[COLUMN]])
+                if page[COLUMN] == RECORDS:
+                    self._run_for_records(left)
                 else:
-                    self._run_for_records(goal)
+                    self._run_for_numbers(left)
             except BaseException as error:
-                if self._interrupts.hit or page[DONE] == goal:
-                    raise  # it is the interrupt, or made of it; or no item's
-                self._add_record(self.encode_error(error), is_error=True)
-                self._is_over = self._head.stops_at_error
+                if self._interrupts.hit:
+                    raise  # it is the interrupt, or made of it
+                self._add_error(self.encode_error(error))
             if self._interrupts.hit:
                 self._is_over = True  # the item has caught the interrupt, and returned all the same
 
-    def _run_for_numbers(self, goal: int, number: type) -> None:
+    def _run_for_numbers(self, count: int) -> None:
         """Run items as long as they return numbers of one type."""
         fn, page = self._fn, self._page
-        done = page[DONE]
-        position = done - page[SENT]
-        column = self._journal.columns[page[COLUMN]]
-        for item in itertools.islice(self._only, goal - done):
-            value = fn(item)
-            if type(value) is not number:
-                break
-            try:
-                column[position] = value
-            except ValueError:  # more than 64 bits
-                break
-            position += 1
-            done += 1
-            page[DONE] = done
-        else:
-            return
-        self.send_held()
+        code, held = page[COLUMN], page[HELD]
+        number, column = NUMBERS[code], self._journal.columns[code]
+        try:
+            for item in itertools.islice(self._only, count):
+                value = fn(item)
+                if type(value) is not number:
+                    break
+                try:
+                    column[held] = value
+                except ValueError:  # more than 64 bits
+                    break
+                held += 1
+            else:
+                return
+        finally:
+            page[HELD] = held
         self._add_value(value)
 
-    def _run_for_records(self, goal: int) -> None:
-        fn, page, is_timed = self._fn, self._page, self._head.is_timed
-        for arguments in itertools.islice(self._arguments, goal - page[DONE]):
+    def _run_for_records(self, count: int) -> None:
+        fn, dumps, interrupts, page, journal = self._fn, self._dumps, self._interrupts, self._page, self._journal
+        data, column = journal.data, journal.columns[RECORDS]
+        is_timed, held_cell = self._head.is_timed, HELD
+        held, end = page[HELD], journal.end
+        if not held and self._may_hold_numbers:
+            self._run_first()
+            return
+        for arguments in itertools.islice(self._arguments, count):
             value = fn(*arguments)
-            if self._may_hold_numbers and type(value) in FORMATS and page[DONE] == page[SENT]:
-                self._add_number(value)
+            try:
+                record = dumps(value)
+            except BaseException as error:
+                self._note_unpicklable(error, value)
                 return
-            self._add_value(value)
+            start, end = end, end + len(record)
+            if end > DATA_SIZE:
+                self._add_record(record)
+                return
+            data[start:end] = record
+            column[held] = end
+            held += 1
+            page[held_cell] = held
             if is_timed:
                 page[SINCE] = time.monotonic_ns()
-            if self._interrupts.hit:
+            if interrupts.hit:
                 return
 
-    def _add_number(self, value: float) -> None:
-        """Make the empty journal one of numbers, with this one."""
-        code = FORMATS[type(value)]
-        try:
-            self._journal.columns[code][0] = value  # type: ignore[assignment]
-        except ValueError:  # more than 64 bits
+    def _run_first(self) -> None:
+        """Run one item while the journal is empty: what it returns decides what the journal will hold."""
+        value = self._fn(next(self._only))
+        if not self._journal.begin_numbers(value):
             self._add_value(value)
-        else:
-            self._page[COLUMN] = code
-            self._page[DONE] += 1
+
+    # --- results that take longer ---
 
     def _add_value(self, value: object) -> None:
         try:
             record = self._dumps(value)
         except BaseException as error:
-            if self._interrupts.hit:
-                raise
-            self._add_record(encode_unpicklable(error, value), is_error=True)
-            self._is_over = self._head.stops_at_error
+            self._note_unpicklable(error, value)
         else:
             self._add_record(record)
 
+    def _note_unpicklable(self, error: BaseException, value: object) -> None:
+        if self._interrupts.hit:
+            raise error
+        self._add_error(encode_unpicklable(error, value))
+
+    def _add_error(self, record: bytes) -> None:
+        self._add_record(record, is_error=True)
+        self._is_over = self._head.stops_at_error
+
     def _add_record(self, record: bytes, *, is_error: bool = False) -> None:
-        journal, page = self._journal, self._page
-        if page[COLUMN] in _NUMBERS:
+        journal = self._journal
+        if self._page[COLUMN] != RECORDS:
             self.send_held()
-        if journal.add(record, is_error=is_error):
-            return
-        self.send_held()
         if not journal.add(record, is_error=is_error):
-            self._send_partial(journal.pack_alone(record, self._seconds(), is_error=is_error))
-            page[DONE] += 1
-            journal.empty()
+            self.send_held()
+            if not journal.add(record, is_error=is_error):
+                self._send(journal.pack_alone(record, self._seconds(), is_error=is_error), 1)
 
     # --- sending ---
 
     def send_held(self) -> None:
         """Send the results in the journal."""
-        if self._journal.held:
-            self._send_partial(self._journal.pack(self._seconds()))
-            self._journal.empty()
+        if held := self._page[HELD]:
+            self._send(self._journal.pack(self._seconds()), held)
         self._sent_at = time.monotonic()
 
     def take_held(self) -> bytes:
         """Return the results in the journal, packed, at the end."""
         return self._journal.pack(self._seconds())
 
-    def _send_partial(self, body: bytes) -> None:
+    def _send(self, body: bytes, results: int) -> None:
+        """Send a frame with so many results, while nothing can interrupt it, and no item's time runs."""
         interrupts, page = self._interrupts, self._page
         was_armed, interrupts.armed = interrupts.armed, 0
-        since = page[SINCE]
         page[SINCE] = NOT_NOW
-        self._send(encode_frame(Kind.PARTIAL, self._task_id, body))
-        if since != NOT_NOW:
+        self._send_bytes(encode_frame(Kind.PARTIAL, self._task_id, body))
+        self._journal.empty(results)
+        if self._head.is_timed:
             page[SINCE] = time.monotonic_ns()
         interrupts.armed = was_armed
         interrupts.raise_if_condemned()
@@ -244,9 +262,6 @@ class _Batch:
         """Encode what an item raised, with the traceback from its own first line."""
         error.__traceback__ = _without_own_frames(error.__traceback__)
         return encode_error(error, STAGE_TASK, dumps=self._dumps)
-
-
-_NUMBERS = {code: number for number, code in FORMATS.items()}
 
 
 def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:

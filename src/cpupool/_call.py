@@ -97,8 +97,10 @@ async def run_attempt(
     Args:
         lease: a new one, or one that has begun anew.
         exchange: sends it to the worker that is given, and waits for the answer.
-        fn, options: those of the call.
-        supervisor, waits: the pool's, and the caller's.
+        fn: what the call runs.
+        options: those of the call.
+        supervisor: the pool's.
+        waits: the caller's.
         tasks: as how many tasks it counts.
 
     Raises:

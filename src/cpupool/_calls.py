@@ -29,17 +29,18 @@ class PoolCalls:
 
     __slots__ = ()
 
-    _options: CallOptions
-
     if TYPE_CHECKING:
+        _options: CallOptions
 
         @property
         def _home(self) -> CpuPool:
             """The pool itself."""
+            ...
 
         @property
         def _supervisor(self) -> Supervisor:
             """That of the pool, now: a forked child has another."""
+            ...
 
     async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `fn(*args, **kwargs)` in a worker and return what it returns.
@@ -178,7 +179,8 @@ class PoolCalls:
         endless.  Leaving the block, at any time and in any way, stops what runs, and closes the generators among them.
 
         Args:
-            fn, *iterables: as for `map`.
+            fn: the function.
+            *iterables: as for `map`.
             ordered: give the results in the order of the items; otherwise as they are done.
             return_exceptions: give the exception of an item that fails in the place of its result, and go on; otherwise
                 the first failure is raised when its turn comes, and ends the stream.
@@ -252,18 +254,22 @@ class PoolCalls:
 class CpuPoolView(PoolCalls):
     """A pool's calls with other options; `CpuPool.options` makes it."""
 
-    __slots__ = ("_home", "_options")
+    __slots__ = ("_options", "_pool")
 
     def __init__(self, pool: CpuPool, options: CallOptions) -> None:
-        self._home = pool
+        self._pool = pool
         self._options = options
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._home!r}: {self._options}>"
+        return f"<{type(self).__name__} of {self._pool!r}: {self._options}>"
+
+    @property
+    def _home(self) -> CpuPool:
+        return self._pool
 
     @property
     def _supervisor(self) -> Supervisor:
-        return self._home._supervisor
+        return self._pool._supervisor
 
 
 def async_waits() -> Waits:

@@ -21,7 +21,6 @@ from ._current import Task, set_current_task
 from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import FrameDecoder, Kind, encode_frame, split_call
 from ._interrupts import Interrupts, await_interrupts
-from ._journal import Journal
 from ._status import FINISHED, PICKED_UP, RESIDENT, STAGE, STAGE_INITIALIZING, STAGE_READY, STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ._frames import Frame
+    from ._journal import Journal
 
 _RECEIVE_SIZE = 64 * 1024
 
@@ -140,7 +140,8 @@ def main(setup: Setup | PickledSetup) -> None:
     _settling.reset_signals()
     _settling.detach_stdin()
     _settling.close_listening_sockets()
-    page, memory = _settling.open_status_file(setup.status)
+    journal = _settling.open_status_file(setup.status)
+    page = journal.page
     interrupts = Interrupts(page)
     os.register_at_fork(after_in_child=lambda: _become_no_worker(channel, interrupts))
     await_interrupts(interrupts, setup.status)
@@ -165,7 +166,7 @@ def main(setup: Setup | PickledSetup) -> None:
     page[STAGE] = STAGE_READY
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the pool has gone
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, decoder, interrupts, Journal(page, memory), dumps, weighs_itself=duties.weighs_itself)
+        _serve(channel, decoder, interrupts, journal, dumps, weighs_itself=duties.weighs_itself)
     if duties.finalizer is not None:
         _finalize(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them

@@ -515,12 +515,8 @@ class Dispatcher(Generic[W]):
         """Return True when no call runs or waits."""
         with self._lock:
             bereaved = any(_is_wanted(ticket) for ticket in self._bereaved.values())
-            return (
-                not self._lent
-                and not self._owners
-                and not bereaved
-                and not any(lease.is_waiting for lease in self._queue)
-            )
+            waiting = any(lease.is_waiting for lease in self._queue)
+            return not (self._lent or self._owners or bereaved or waiting)
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""

@@ -381,10 +381,10 @@ def _sendable(item: str | bytes | None) -> str | bytes | None:
     return str.encode(item, "utf-8", "backslashreplace").decode() if isinstance(item, str) else item
 
 
-def decode_error(body: memoryview | bytes, task: str) -> BaseException:
+def decode_error(body: memoryview | bytes, task: str) -> Exception:
     """Rebuild what an ERROR frame carries: the exception itself, or the one that stands in for it."""
     stage, type_name, text, trace, pickled = _payload.loads(body)
-    error: BaseException
+    error: Exception
     if stage == STAGE_RESULT:
         error = ResultNotPicklable(task, type_name, text)
     elif stage == STAGE_ARGUMENTS:

@@ -9,7 +9,7 @@ import faulthandler
 import signal
 
 from ._errors import TaskInterrupted
-from ._status import CONDEMNED, CONDEMNED_ITEM, DONE, EVERY_ITEM, INTERRUPT_SIGNAL, INTERRUPTED, STARTED
+from ._status import CONDEMNED, CONDEMNED_ITEM, EVERY_ITEM, HELD, INTERRUPT_SIGNAL, INTERRUPTED, SENT, STARTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Interrupts:
             raise TaskInterrupted
 
     def _is_condemned(self) -> bool:
-        return self.page[CONDEMNED] == self.armed and self.page[CONDEMNED_ITEM] in (EVERY_ITEM, self.page[DONE])
+        page = self.page
+        return page[CONDEMNED] == self.armed and page[CONDEMNED_ITEM] in (EVERY_ITEM, page[SENT] + page[HELD])
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:

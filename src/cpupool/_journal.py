@@ -8,22 +8,27 @@ The journal is a column of numbers, 8 bytes each, and behind it room for data.  
 bits, or all are floats: then the column holds them.  Or they are records, pickles one behind another in the data: then
 the column holds where each ends, as `~end` if it is an encoded error.
 
-Rules: an item counts as done (`DONE` in the status page) when its result is written down, not before; a result is
-written down in one piece.  What was sent (`SENT`) is counted when all of it is sent, not before.  So whatever arrives
-twice, by a frame and by the journal, has the same number both times.
+Rules: an item is done when its result is written down, not before, and that happens in one piece.  How many are, stands
+in the status page (`HELD`); but while numbers come, only once for many of them, because counting would take as long as
+the rest.  There the column itself shows it: it was filled with a random number before (`VOID`).  Results count as sent
+when all of them are (`SENT`).  So what arrives twice, by a frame and by the journal, has the same number both times.
 
 It runs in the workers too: stdlib only.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import sys
 
-from ._status import COLUMN, DONE, NOT_BEGUN, SENT
+from ._status import COLUMN, HELD, NOT_BEGUN, SENT, STATUS_PAGE_SIZE, VOID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 COLUMN_LENGTH = 8 * 1024  # results
 NUMBER_SIZE = 8
@@ -32,66 +37,115 @@ JOURNAL_SIZE = COLUMN_LENGTH * NUMBER_SIZE + DATA_SIZE
 
 # What a column holds, as in COLUMN: the codes that `memoryview.cast` knows, and one for the ends of records.
 INTS, FLOATS, RECORDS = b"qdr"
-FORMATS = {int: INTS, float: FLOATS}
+NUMBERS = {INTS: int, FLOATS: float}
+CODES = {number: code for code, number in NUMBERS.items()}
 
-# The number of the first result within its batch, how many there are, what the column holds, and seconds since the
-# batch began; then the column, then the data.
-_HEAD = struct.Struct("<QIBd")
+_DATA = STATUS_PAGE_SIZE + COLUMN_LENGTH * NUMBER_SIZE  # where the data are, in the status file
+
+# The number of the first result within its batch, how many there are, what the column holds, seconds since the batch
+# began, and the position of the first error, or -1; then the column, then the data.
+_HEAD = struct.Struct("<QIBdi")
 _END = struct.Struct("=q")
 
 
 class Journal:
-    """The worker's side of the journal."""
+    """The worker's side of the journal.
 
-    def __init__(self, page: memoryview, memory: memoryview) -> None:
-        """Args: the status page, and the memory of the journal."""
+    Attributes:
+        page: the cells of the status page.
+        data: the room for records.
+        columns: the column, as what it holds.
+    """
+
+    def __init__(self, page: memoryview, column: memoryview, data: mmap.mmap) -> None:
         self.page = page
-        column, self.data = memory[: COLUMN_LENGTH * NUMBER_SIZE], memory[COLUMN_LENGTH * NUMBER_SIZE :]
+        self.data = data
         self._column = column
-        self.columns = {code: column.cast(chr(code)) for code in (INTS, FLOATS)}  # type: ignore[call-overload]
-        self.end = 0  # of the data
+        ints = column.cast("q")
+        self.columns: dict[int, Any] = {INTS: ints, FLOATS: column.cast("d"), RECORDS: ints}
+        self._first_error = -1
+        self._void = os.urandom(NUMBER_SIZE)
+        page[VOID] = int.from_bytes(self._void, sys.byteorder)
 
     def begin(self) -> None:
         """Empty it for a new batch, whose items are there now."""
         self.page[COLUMN] = RECORDS
+        self.page[HELD] = 0
         self.page[SENT] = 0
-        self.page[DONE] = 0
-        self.end = 0
+        self._first_error = -1
+
+    def begin_numbers(self, value: float) -> bool:
+        """Make the empty journal one of numbers, and this one the first; False if it is none of them."""
+        code = CODES.get(type(value))
+        if code is None:
+            return False
+        self._column[:] = self._void * COLUMN_LENGTH
+        try:
+            self.columns[code][0] = value
+        except ValueError:  # more than 64 bits
+            return False
+        self.page[COLUMN] = code
+        self.page[HELD] = 1
+        return True
 
     @property
-    def held(self) -> int:
-        """How many results are in it."""
-        return self.page[DONE] - self.page[SENT]  # type: ignore[no-any-return]
+    def done(self) -> int:
+        """How many items of the batch are done, which is the number of the one that runs."""
+        held = self.page[HELD]
+        if self.page[COLUMN] != RECORDS:
+            held = _count_numbers(self._column.cast("Q"), held, self.page[VOID])
+        done: int = self.page[SENT] + held
+        return done
+
+    @property
+    def end(self) -> int:
+        """Where the next record goes."""
+        held = self.page[HELD]
+        if not held or self.page[COLUMN] != RECORDS:
+            return 0
+        end: int = self.columns[RECORDS][held - 1]
+        return max(end, ~end)
 
     def add(self, record: bytes, *, is_error: bool = False) -> bool:
         """Write a record down and count its item as done; False if there is no room."""
-        end = self.end + len(record)
+        start = self.end
+        end = start + len(record)
         if end > DATA_SIZE:
             return False
-        self.data[self.end : end] = record
-        page = self.page
-        done = page[DONE]
-        self.columns[INTS][done - page[SENT]] = ~end if is_error else end
-        self.end = end
-        page[DONE] = done + 1
+        held = self.page[HELD]
+        self.data[start:end] = record
+        self.columns[RECORDS][held] = ~end if is_error else end
+        if is_error and self._first_error < 0:
+            self._first_error = held
+        self.page[HELD] = held + 1
         return True
 
     def pack(self, seconds: float) -> bytes:
         """Return the body of a frame with all results in it."""
         page = self.page
-        head = _HEAD.pack(page[SENT], self.held, page[COLUMN], seconds)
-        return b"".join((head, self._column[: self.held * NUMBER_SIZE], self.data[: self.end]))
+        held = page[HELD]
+        head = _HEAD.pack(page[SENT], held, page[COLUMN], seconds, self._first_error)
+        return b"".join((head, self._column[: held * NUMBER_SIZE], self.data[: self.end]))
 
     def pack_alone(self, record: bytes, seconds: float, *, is_error: bool) -> bytes:
         """Return the body of a frame with one record that does not fit in; everything before it has been sent."""
-        end = ~len(record) if is_error else len(record)
-        return _HEAD.pack(self.page[DONE], 1, RECORDS, seconds) + _END.pack(end) + record
+        end = len(record)
+        head = _HEAD.pack(self.page[SENT], 1, RECORDS, seconds, 0 if is_error else -1)
+        return head + _END.pack(~end if is_error else end) + record
 
-    def empty(self) -> None:
-        """Forget the results in it, which were sent."""
-        self.end = 0
-        self.page[SENT] = self.page[DONE]
+    def empty(self, sent: int) -> None:
+        """Forget the results in it: so many were sent."""
+        self.page[HELD] = 0  # first: what `read_journal` reads meanwhile must not get the numbers of the next ones
+        self.page[SENT] += sent
         self.page[COLUMN] = RECORDS
+        self._first_error = -1
+
+
+def open_journal(status: int) -> Journal:
+    """Return the journal in a status file, and with it the status page."""
+    view = memoryview(mmap.mmap(status, _DATA))
+    page, column = view[:STATUS_PAGE_SIZE].cast("Q"), view[STATUS_PAGE_SIZE:_DATA]
+    return Journal(page, column, mmap.mmap(status, DATA_SIZE, offset=_DATA))
 
 
 def read_journal(read_cell: Callable[[int], int], read: Callable[[int, int], bytes]) -> bytes | None:
@@ -99,20 +153,31 @@ def read_journal(read_cell: Callable[[int], int], read: Callable[[int, int], byt
 
     Args:
         read_cell: reads a cell of the status page.
-        read: reads so many bytes of the journal, from such an offset.
+        read: reads so many bytes of the status file, from such an offset.
     """
-    done, sent, code = read_cell(DONE), read_cell(SENT), read_cell(COLUMN)
-    held = done - sent
-    if done == NOT_BEGUN or held <= 0 or held > COLUMN_LENGTH:
+    sent, held, code = read_cell(SENT), read_cell(HELD), read_cell(COLUMN)
+    if sent == NOT_BEGUN or not 0 < held <= COLUMN_LENGTH:
         return None
-    column = read(held * NUMBER_SIZE, 0)
+    column = read(COLUMN_LENGTH * NUMBER_SIZE, STATUS_PAGE_SIZE)
+    if read_cell(SENT) != sent:
+        return None  # the column may be of the next ones
     data = b""
+    first_error = -1
+    if code != RECORDS:
+        held = _count_numbers(memoryview(column).cast("Q"), held, read_cell(VOID))
+    column = column[: held * NUMBER_SIZE]
     if code == RECORDS:
-        (end,) = _END.unpack_from(column, (held - 1) * NUMBER_SIZE)
-        data = read(max(end, ~end), COLUMN_LENGTH * NUMBER_SIZE)
+        ends = memoryview(column).cast("q").tolist()
+        data = read(max(ends[-1], ~ends[-1]), _DATA)
+        first_error = next((at for at, end in enumerate(ends) if end < 0), -1)
     if read_cell(SENT) != sent:
         return None
-    return _HEAD.pack(sent, held, code, 0.0) + column + data
+    return _HEAD.pack(sent, held, code, 0.0, first_error) + column + data
+
+
+def _count_numbers(column: memoryview, least: int, void: int) -> int:
+    """Return how many numbers are in a column, which are `least` or more, in front of what is void."""
+    return next((at for at in range(least, COLUMN_LENGTH) if column[at] == void), COLUMN_LENGTH)
 
 
 class Results:
@@ -120,27 +185,38 @@ class Results:
 
     Attributes:
         first: the number of the first one within its batch.
-        seconds: how long the batch had run then.
-        numbers: the values themselves, if they are numbers, else None.
-        records: else, for each its pickle, and whether that is an encoded error.
+        count: how many they are.
+        seconds: how long the batch had run then; 0 if that is not known.
+        first_error: the position of the first error among them, or None.
+        are_numbers: True if they are all numbers of one type.
     """
 
-    __slots__ = ("first", "numbers", "records", "seconds")
+    __slots__ = ("_body", "_code", "count", "first", "first_error", "seconds")
 
     def __init__(self, body: memoryview | bytes) -> None:
         """Args: `body` is what `Journal.pack` or `read_journal` made."""
-        body = memoryview(body)
-        self.first, count, code, self.seconds = _HEAD.unpack_from(body)
-        data = _HEAD.size + count * NUMBER_SIZE
-        column = body[_HEAD.size : data].cast("B").cast("d" if code == FLOATS else "q").tolist()
-        self.numbers: list[int | float] | None = None
-        self.records: list[tuple[memoryview, bool]] = []
-        if code != RECORDS:
-            self.numbers = column
-            return
-        start = data
-        for end in column:
-            is_error = end < 0
-            stop = data + (~end if is_error else end)
-            self.records.append((body[start:stop], is_error))
-            start = stop
+        self._body = memoryview(body)
+        self.first: int
+        self.count: int
+        self.seconds: float
+        self.first, self.count, self._code, self.seconds, first_error = _HEAD.unpack_from(body)
+        self.first_error: int | None = None if first_error < 0 else first_error
+
+    @property
+    def are_numbers(self) -> bool:
+        return bool(self._code != RECORDS)
+
+    @property
+    def column(self) -> list[Any]:
+        """The numbers; or of each record the end in `data`, as `~end` if it is an encoded error."""
+        column = self._body[_HEAD.size : self._data_offset]
+        return column.cast("d").tolist() if self._code == FLOATS else column.cast("q").tolist()
+
+    @property
+    def data(self) -> bytes:
+        """The records, one behind another."""
+        return bytes(self._body[self._data_offset :])
+
+    @property
+    def _data_offset(self) -> int:
+        return _HEAD.size + self.count * NUMBER_SIZE

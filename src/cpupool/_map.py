@@ -33,7 +33,7 @@ from ._errors import decode_error
 from ._frames import BatchHead, Kind, encode_batch
 from ._journal import Results
 from ._lease import Lease, Verdict
-from ._outcomes import Interruption, load_value, make_death_error, make_stop_error, name_task
+from ._outcomes import Interruption, make_death_error, make_rebuild_error, make_stop_error, name_task
 from ._pace import Pace
 from ._settings import encode_label
 from ._sources import FedSource, open_source
@@ -336,33 +336,41 @@ class Flow:
     def _take(self, batch: _Batch, body: memoryview | bytes) -> int:
         """Put results of a batch into the output, except those that are there."""
         results = Results(body)
-        count = len(results.records if results.numbers is None else results.numbers)
         known = batch.done - results.first
-        if 0 <= known < count:  # below: they are from the journal, and what was sent before has yet to be read
+        if 0 <= known < results.count:  # below: they are from the journal, and what was sent before has yet to be read
             first = batch.first + batch.done
             self._output[first] = functools.partial(self._open, first, results, known)
-            if results.numbers is None and self._stops_at_error:
-                errors = (at for at, (_, is_error) in enumerate(results.records) if is_error and at >= known)
-                self._note_failure(batch.first + results.first + next(errors, math.inf))
-            batch.done = results.first + count
+            if results.first_error is not None and self._stops_at_error:
+                self._note_failure(batch.first + results.first + results.first_error)
+            batch.done = results.first + results.count
             self._wake()
         if results.seconds:
             batch.seconds = results.seconds
         return batch.done
 
     def _open(self, first: int, results: Results, known: int) -> Segment:
-        if results.numbers is not None:
-            return Segment(first, results.numbers[known:] if known else results.numbers, [])
+        """Rebuild results, but for the first `known` ones."""
+        column = results.column
+        if results.are_numbers:
+            return Segment(first, column[known:] if known else column, [])
         values: list[Any] = []
-        failures = []
-        for pickled, is_error in results.records[known:]:
+        failures: list[int] = []
+        data, loads = results.data, _payload.loads_result
+        start = max(column[known - 1], ~column[known - 1]) if known else 0
+        for end in column[known:]:
+            stop = end if end >= 0 else ~end
+            pickled, start = data[start:stop], stop
+            error: Exception
             try:
-                if is_error:
-                    raise decode_error(pickled, name_task(self._fn, self._options))
-                values.append(load_value(pickled, self._fn, self._options))
-            except Exception as error:
-                failures.append(len(values))
-                values.append(_with_note(error, first + len(values)))
+                if end >= 0:
+                    values.append(loads(pickled))
+                    continue
+                error = decode_error(pickled, name_task(self._fn, self._options))
+            except _payload.RebuildFailed as failed:
+                error = make_rebuild_error(pickled, failed.__cause__, self._fn, self._options)
+                error.__cause__ = failed.__cause__
+            failures.append(len(values))
+            values.append(_with_note(error, first + len(values)))
         return Segment(first, values, failures)
 
     # --- batches that end early ---
@@ -378,7 +386,7 @@ class Flow:
             return
         if death.journal is not None:
             self._take(batch, death.journal)
-        if death.item is None and batch.size > 1:
+        if not death.has_begun and batch.size > 1:
             self._split(batch)
         elif lease.verdict is not None and lease.condemned_item in (None, batch.done):
             self._blame(batch, make_stop_error(death, lease, self._fn, self._options, self._supervisor.name))

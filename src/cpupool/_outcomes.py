@@ -17,14 +17,13 @@ from ._errors import (
 )
 from ._frames import Kind
 from ._lease import Lease, Verdict
-from ._worker import Death
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._frames import Frame
     from ._settings import CallOptions
-    from ._worker import Worker
+    from ._worker import Death, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +52,16 @@ def load_value(pickled: memoryview | bytes, fn: Callable[..., object], options: 
     try:
         return _payload.loads_result(pickled)
     except _payload.RebuildFailed as failed:
-        error = failed.__cause__
-        reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
-        result_type = _payload.first_type(pickled) or "a value"
-        raise ResultNotPicklable(name_task(fn, options), result_type, reason) from error
+        raise make_rebuild_error(pickled, failed.__cause__, fn, options) from failed.__cause__
+
+
+def make_rebuild_error(
+    pickled: memoryview | bytes, error: BaseException | None, fn: Callable[..., object], options: CallOptions
+) -> ResultNotPicklable:
+    """Say why what a task has returned cannot be rebuilt."""
+    reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
+    result_type = _payload.first_type(pickled) or "a value"
+    return ResultNotPicklable(name_task(fn, options), result_type, reason)
 
 
 def make_stop_error(

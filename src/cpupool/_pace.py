@@ -8,7 +8,7 @@ BUDGET = 0.05  # seconds after which a worker begins no further item of a batch,
 _TARGET = 0.03  # seconds that a batch should take
 _LEAST_SECONDS = 0.002  # for which it is worth while to keep a batch together at the end
 _GROWTH = 16  # times as many items as in the last batch, at most: the next ones may take longer
-_MOST_BYTES = 256 * 1024  # of pickled items
+_MOST_BYTES = 128 * 1024  # of pickled items; more do not fit into the buffer of a socket
 _LONGEST_PICKLING = 0.002  # seconds for which the event loop may stand still for it
 _WEIGHT = 0.5  # of the last batch in the average
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ._settings import CallOptions
     from ._waiting import Waits
 
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
@@ -77,6 +78,9 @@ class CpuPool(PoolCalls):
     Raises:
         TypeError, ValueError: a setting is not what it can be; the message names it.
     """
+
+    _supervisor: Supervisor
+    _options: CallOptions
 
     def __init__(
         self,

@@ -173,8 +173,10 @@ class WorkerProcess:
 
     def items_done(self, task_id: int) -> int | None:
         """Return how many items of a batch are done, which is the number of the one that runs; None before any can."""
-        done = self._read_cell(_status.DONE)
-        return done if self.has_started(task_id) and done != _status.NOT_BEGUN else None
+        sent = self._read_cell(_status.SENT)
+        if sent == _status.NOT_BEGUN or not self.has_started(task_id):
+            return None
+        return sent + self._read_cell(_status.HELD)
 
     def running_item(self, task_id: int) -> tuple[int, float] | None:
         """Return the number of a timed batch's running item, and when it began, in monotonic seconds.
@@ -191,8 +193,7 @@ class WorkerProcess:
         """Return the results of that batch that its worker holds back; None if there are none."""
         if not self.has_started(task_id):
             return None
-        read = functools.partial(os.pread, self._status)
-        return read_journal(self._read_cell, lambda size, at: read(size, _status.STATUS_PAGE_SIZE + at))
+        return read_journal(self._read_cell, functools.partial(os.pread, self._status))
 
     def condemn(self, task_id: int, item: int = _status.EVERY_ITEM) -> None:
         """Let that task be interrupted: at its start, if it has not started, else by the next signal.

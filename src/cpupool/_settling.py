@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 
-from ._journal import JOURNAL_SIZE
+from ._journal import JOURNAL_SIZE, Journal, open_journal
 from ._status import STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -124,12 +124,11 @@ def close_listening_sockets() -> None:
             inherited.detach()
 
 
-def open_status_file(status: int) -> tuple[memoryview, memoryview]:
-    """Return the status page, as cells, and the memory of the journal."""
+def open_status_file(status: int) -> Journal:
+    """Return the journal, and with it the status page."""
     os.lseek(status, STATUS_PAGE_SIZE + JOURNAL_SIZE, os.SEEK_SET)
     faulthandler.enable(status, all_threads=False)
-    memory = memoryview(mmap.mmap(status, STATUS_PAGE_SIZE + JOURNAL_SIZE))
-    return memory[:STATUS_PAGE_SIZE].cast("Q"), memory[STATUS_PAGE_SIZE:]
+    return open_journal(status)
 
 
 def read_resident(process: int | str) -> int | None:

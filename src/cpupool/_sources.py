@@ -23,12 +23,15 @@ class Source(Protocol):
     """Gives the items of one map, once.
 
     Attributes:
-        is_ended: True when there are no more.
         error: what an iterator has raised instead of giving its next item.
     """
 
-    is_ended: bool
     error: Exception | None
+
+    @property
+    def is_ended(self) -> bool:
+        """True when there are no more than are here."""
+        ...
 
     @property
     def left(self) -> int | None:
@@ -146,10 +149,8 @@ class FedSource:
 
     async def next_row(self) -> bool:
         """Wait for one more; returns False at the end."""
-        row = []
         try:
-            for each in self._iterators:
-                row.append(await anext(each) if isinstance(each, AsyncIterator) else next(each))
+            row = [await anext(each) if isinstance(each, AsyncIterator) else next(each) for each in self._iterators]
         except (StopIteration, StopAsyncIteration):
             return False
         self.rows.append(row[0] if len(row) == 1 else tuple(row))

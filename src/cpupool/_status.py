@@ -4,8 +4,13 @@ It is one file of memory that both sides hold; its cells are numbered below.  Th
 picked up, so that the pool knows, whatever happened, whether a lost call had begun; which it last started, when its
 call was here as a whole; which it has last interrupted; and which it last finished.  It also writes how far it has come
 in its life, and, where there is a limit, how much memory it held after its last task.  The pool writes which task it
-has condemned, and then sends the interrupt signal.  Behind that page `faulthandler` appends Python stacks: at a crash,
-and at each interrupt, before the task feels it.
+has condemned, and then sends the interrupt signal.
+
+A batch is one task with many items.  For it the worker also writes how many results it has sent, and how many it holds
+in its journal (see `_journal`), behind the page; together that is the number of the item that runs.  If items have a
+time limit, it writes when that one began.  The pool writes which item it has condemned.
+
+Behind that `faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels it.
 
 It runs in the workers too: stdlib only.
 """
@@ -19,9 +24,9 @@ STATUS_PAGE_SIZE = mmap.PAGESIZE
 
 # The cells, each a native unsigned 64-bit number.  The first five hold task ids.
 PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
-CONDEMNED_ITEM, DONE, SENT, COLUMN, SINCE = range(7, 12)  # of a batch; SINCE in monotonic nanoseconds
+CONDEMNED_ITEM, SENT, HELD, COLUMN, VOID, SINCE = range(7, 13)  # of a batch; SINCE in monotonic nanoseconds
 CELL_SIZE = 8
-EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM, in DONE until the items are there, in SINCE
+EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until the items are there; in SINCE
 
 # What STAGE holds: how far a worker has come.
 STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)

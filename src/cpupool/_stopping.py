@@ -81,14 +81,15 @@ class Stopping:
         if running is None or lease.verdict not in (None, Verdict.TIMED_OUT):
             return False
         item, since = running
-        if lease.verdict is None:
+        if since == math.inf:  # its results are being sent; then the next item begins
+            lease.deadline = now + timeout
+        elif lease.verdict is None and since + timeout <= now:
             lease.condemned_item, lease.item_started = item, since
-        elif lease.condemned_item in (None, item):
             return False
-        deadline = since + timeout if since < math.inf else now + timeout
-        if lease.verdict is None and deadline <= now:
+        elif lease.verdict is None or lease.condemned_item not in (None, item):
+            lease.pardon(since + timeout)
+        else:
             return False
-        lease.pardon(deadline)
         return True
 
     def _remind(self, worker: Worker, reminder: _Reminder) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _RECEIVE_SIZE = 64 * 1024
 _MAX_RECEIVE_SIZE = 1024 * 1024
-FIRST_LOOK, LONGEST_LOOK = 0.005, 0.1  # seconds without a frame, after which a batch's journal is looked at
+FIRST_LOOK, LONGEST_LOOK = 0.01, 0.1  # seconds without a frame, after which a batch's journal is looked at
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have set SIGPIPE to end it
 
 
@@ -65,8 +65,8 @@ class Death:
 
     `stack` is what `faulthandler` wrote: at a crash, or else at an interrupt.  `by_pool` says that the pool itself has
     killed it to stop it.  `oom` says that it was for want of memory; `excess`, what it held and what it might,
-    if it was the pool that did not let it have more.  If it ran a batch, `item` is the number of the item that ran, None
-    if none had begun, and `journal` the results that it held back.
+    if it was the pool that did not let it have more.  If it ran a batch, `has_begun` says that an item had, and
+    `journal` holds the results that it held back.
     """
 
     pid: int
@@ -77,7 +77,7 @@ class Death:
     by_pool: bool
     oom: bool | None
     excess: tuple[int, int] | None
-    item: int | None
+    has_begun: bool
     journal: bytes | None
 
     @property
@@ -196,8 +196,10 @@ class Worker:
         """Send a batch, a whole frame, and wait for its answer.
 
         Args:
-            task_id, batch, waits: as for `exchange`.
+            task_id: as for `exchange`.
+            batch: the frame.
             size: how many items it has.
+            waits: as for `exchange`.
             on_sent: called when it is sent.
             take: called with each body of results: from partial answers, from the answer, and, if nothing has come for
                 a while, from the journal; returns how many of the items are done.
@@ -326,6 +328,6 @@ class Worker:
             by_pool=self.was_killed and self.excess is None,
             oom=self._was_oom_killed(is_known=status is not None),
             excess=self.excess,
-            item=self.process.items_done(self.process.last_task_id()),
+            has_begun=self.process.items_done(self.process.last_task_id()) is not None,
             journal=self.process.read_journal(self.process.last_task_id()),
         )
