@@ -51,6 +51,7 @@ class Gate:
     """Lets a test know that a task has begun, and the task know that it may end."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.begun, self.end = folder / "begun", folder / "end"
         os.mkfifo(self.begun)
         os.mkfifo(self.end)

@@ -164,6 +164,8 @@ class Flow:
         return None if left is None else self._pulled + left
 
     async def __aenter__(self) -> Flow:
+        if self._group is not None:
+            raise RuntimeError("a stream can be entered only once; make a new one: pool.stream(...)")
         self._supervisor.dispatcher.add_owner(self)
         self._group = group = anyio.create_task_group()
         await group.__aenter__()
@@ -460,5 +462,5 @@ class Flow:
 
 
 def _with_note(error: Exception, number: int) -> Exception:
-    error.add_note(f"item {number} of the map")
+    error.add_note(f"This was item {number}, counted from 0.")
     return error
