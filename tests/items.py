@@ -41,19 +41,18 @@ def by_kind(item: int) -> object:
         float,
         str,
         bool,
-        lambda number: None,
-        lambda number: 2**64 + number,
-        lambda number: -(2**63),
-        lambda number: float("inf"),
-        lambda number: [number],
+        (2**64).__add__,
+        (-(2**63)).__or__,
+        float("inf").__add__,
         Note,
-        lambda number: bytearray(b"x"),
-        lambda number: ValueError(number),
+        bytearray,
+        ValueError,
     ]
-    return kinds[item % len(kinds)](item)
+    place = item % (len(kinds) + 2)
+    return kinds[place](item) if place < len(kinds) else (None, [item])[place - len(kinds)]
 
 
-def count_down(item: int) -> int | None | float:
+def count_down(item: int) -> int | float | None:
     """Return ints, then floats, then None, for a while each."""
     return (item, item / 2, None)[item // 300 % 3]
 

@@ -22,7 +22,9 @@ LAYERS = [
         "_payload",
         "_errors",
         "_current",
-        "_batches",
+        "_journal",
+        "_pace",
+        "_sources",
         "_roles",
         "_waiting",
         "_forking",
@@ -34,16 +36,16 @@ LAYERS = [
         "_settling",
         "_environment",
     },
-    {"_interrupts", "_child", "_preload", "_asyncio_waits", "_trio_waits"},
+    {"_interrupts", "_batches", "_child", "_preload", "_asyncio_waits", "_trio_waits"},
     {"_process", "_fork_server", "_lease", "_dispatch"},
-    {"_worker", "_starting"},
+    {"_worker", "_starting", "_outcomes"},
     {"_crew"},
     {"_serving", "_births", "_stopping", "_memory"},
     {"_supervisor"},
-    {"_call", "_driver", "_executor"},
-    {"_pool", "_default"},
+    {"_call", "_map", "_stream", "_driver", "_executor"},
+    {"_calls", "_pool", "_default", "_offload"},
     {"__init__"},
-    {"executor", "domains", "_doctor", "__main__"},
+    {"executor", "domains", "progress", "_doctor", "__main__"},
 ]
 
 
@@ -127,11 +129,13 @@ def test_a_worker_of_this_suite_loads_the_least() -> None:
         loaded = pool.run_sync(tasks.loaded_modules)
     engine = {name.removeprefix("cpupool.") for name in loaded if name.startswith("cpupool.")}
     assert engine == {
+        "_batches",
         "_child",
         "_current",
         "_errors",
         "_frames",
         "_interrupts",
+        "_journal",
         "_payload",
         "_roles",
         "_settling",

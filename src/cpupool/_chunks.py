@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._checks import check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Sequence[Any]")
+
+
+def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Cut an iterable into lists of `size` items; the last one may be shorter.
+
+    Nothing is lost: the lists joined are the items.  It takes no more items than it needs for the next list.
+
+    Raises:
+        TypeError, ValueError: `size` is not a positive int, or `items` cannot be iterated over.
+    """
+    check_count("size", size, at_least=1)
+    iterator = iter(items)
+    return iter(lambda: list(itertools.islice(iterator, size)), [])
+
+
+def split_evenly(items: S, parts: int) -> list[S]:
+    """Cut a sequence into `parts` slices whose lengths differ by one at most, the longer ones first.
+
+    Nothing is lost: the slices joined are the items.  None is empty, so there are fewer where there are fewer items.
+
+    Raises:
+        TypeError, ValueError: `parts` is not a positive int.
+    """
+    check_count("parts", parts, at_least=1)
+    length, longer = divmod(len(items), parts)
+    stops = [part * length + min(part, longer) for part in range(1, min(parts, len(items)) + 1)]
+    slices: list[Any] = [items[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    return slices
 
 
 def split_text(text: str, max_chars: int, is_boundary: Callable[[str], bool] = str.isspace) -> Iterator[str]:

@@ -149,8 +149,11 @@ class FedSource:
 
     async def next_row(self) -> bool:
         """Wait for one more; returns False at the end."""
+        row = []
         try:
-            row = [await anext(each) if isinstance(each, AsyncIterator) else next(each) for each in self._iterators]
+            for each in self._iterators:
+                item = await anext(each) if isinstance(each, AsyncIterator) else next(each)
+                row.append(item)
         except (StopIteration, StopAsyncIteration):
             return False
         self.rows.append(row[0] if len(row) == 1 else tuple(row))

@@ -12,14 +12,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import split_text
+from . import WorkerDied, split_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from . import CpuPool, CpuPoolView
 
 _LABEL = r"[a-zA-Z0-9\-_]++"
 _DOMAIN = re.compile(rf"(?<![a-zA-Z0-9\-_]){_LABEL}(?:\.{_LABEL})++")
@@ -30,6 +32,7 @@ _CUT = re.compile(rb"[^a-zA-Z0-9\-_.]")
 _LOOK_AHEAD = 64 * 1024
 
 RANGE_BYTES = 1024 * 1024
+PIECE_CHARS = 128 * 1024
 
 
 def find_domains(text: str) -> list[str]:
@@ -45,6 +48,18 @@ def is_boundary(character: str) -> bool:
 def split_for_domains(text: str, max_chars: int) -> Iterator[str]:
     """Split a text so that the domains of its pieces are the domains of the whole; see `cpupool.split_text`."""
     return split_text(text, max_chars, is_boundary)
+
+
+async def extract_domains(pool: CpuPool | CpuPoolView, text: str) -> list[str]:
+    """Return all domain names in a text, as `find_domains` does, but found by the workers of a pool.
+
+    Raises:
+        Exception: as `CpuPool.map`.
+
+    Cancellation: as `CpuPool.map`.
+    """
+    async with pool.stream(find_domains, split_for_domains(text, PIECE_CHARS)) as pieces:
+        return [domain async for piece in pieces for domain in piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +167,59 @@ def extract(ranges: list[FileRange]) -> Extraction:
         found.bytes_read += len(data)
         found.counts.update(find_domains(data.decode("utf-8", "replace")))
     return found
+
+
+async def extract_domains_from_paths(
+    pool: CpuPool | CpuPoolView, paths: Iterable[str], on_progress: Callable[[int], object] | None = None
+) -> Extraction:
+    """Count the domain names in files and folders, on all workers of a pool.
+
+    The workers read the files, piece by piece, so memory does not grow with their size.  What cannot be read, or costs
+    its worker its life, is noted in `unreadable`.
+
+    Args:
+        pool: the pool, or a view of it.
+        paths: files, and folders to search through.
+        on_progress: called with the number of bytes that are done, each time some are.
+
+    Raises:
+        CpuPoolError: the pool can run nothing.
+        Exception: as `CpuPool.map`.
+
+    Cancellation: as `CpuPool.map`.
+    """
+    found = Extraction()
+    await extract_domains_from_files(pool, find_files(paths, found.unreadable), found, on_progress)
+    return found
+
+
+async def extract_domains_from_files(
+    pool: CpuPool | CpuPoolView,
+    files: Iterable[tuple[str, int]],
+    found: Extraction,
+    on_progress: Callable[[int], object] | None = None,
+) -> None:
+    """Do as `extract_domains_from_paths`, with paths and sizes as `find_files` gives them, and add to `found`."""
+    running: deque[list[FileRange]] = deque()  # in the order in which their results come
+    done = 0
+
+    def tasks() -> Iterator[list[FileRange]]:
+        for task in plan_ranges(files):
+            running.append(task)
+            yield task
+
+    async with pool.stream(extract, tasks(), return_exceptions=True) as results:
+        async for result in results:
+            task = running.popleft()
+            if isinstance(result, Extraction):
+                found.add(result)
+            elif isinstance(result, WorkerDied):
+                found.unreadable.update({each.path: str(result).splitlines()[0] for each in task})
+            else:
+                raise result
+            done += sum(each.stop - each.start for each in task)
+            if on_progress is not None:
+                on_progress(done)
 
 
 def _reason(error: OSError) -> str:
