@@ -247,11 +247,20 @@ class Flow:
     async def _next_batch(self) -> _Batch | None:
         while self._error is None:
             if self._waiting or self._prepare():
-                return self._waiting.popleft()
+                return self._pop_waiting()
             if self._is_finished:
                 break
             await self._changed()
         return None
+
+    def _pop_waiting(self) -> _Batch:
+        """Take the first waiting batch; of one that was given back, as many items as one batch should have now."""
+        batch = self._waiting.popleft()
+        size = batch.size if batch.body is not None else self._pace.choose_size(batch.size)
+        if size >= batch.size:
+            return batch
+        self._waiting.appendleft(batch.cut(size))
+        return batch.cut(0, size)
 
     def _prepare(self) -> bool:
         """Take a batch from the source, if there is one and room for it, and pickle it: then it waits for a lane."""
