@@ -55,6 +55,7 @@ bench: $(DEV)/.for-all  ## measure
 	$(DEV)/bin/python benchmarks/round_trip.py $(ARGS)
 	$(DEV)/bin/python benchmarks/stopping.py
 	$(DEV)/bin/python benchmarks/lives.py
+	$(DEV)/bin/python benchmarks/many_items.py
 
 clean:  ## remove all that was installed and built
 	rm -rf .venv .venv-dev .nox build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

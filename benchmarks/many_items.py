@@ -21,7 +21,7 @@ from typing import Any
 
 import joblib
 import psutil
-from mpire import WorkerPool
+from mpire.pool import WorkerPool
 
 import cpupool
 from cpupool import domains

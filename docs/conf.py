@@ -30,6 +30,6 @@ nitpick_ignore_regex = [
     (r"py:.+", r"(anyio|asyncio|collections\.abc|concurrent\.futures|multiprocessing|pathlib|pickle|typing)(\..+)?"),
     (r"py:class", r"BaseContext|Future|Path|Self"),  # imported for annotations only, so that autodoc sees the bare name
     (r"py:class", r"collections\.Counter|dict\[str"),  # dataclass defaults, which autodoc takes apart
-    (r"py:class", r"[PRT](\.args|\.kwargs)?"),  # type variables
-    (r"py:class", r"cpupool\._settings\.Unset"),  # the default of an option; users leave it out
+    (r"py:class", r"(cpupool\._\w+\.)?[PRST](\.args|\.kwargs)?"),  # type variables
+    (r"py:class", r"(cpupool\._settings\.)?Unset"),  # the default of an option; users leave it out
 ]

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ._supervisor import Supervisor
     from ._waiting import Waits
 
-    OnProgress = Callable[[int, int | None], object]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -88,7 +86,7 @@ class PoolCalls:
         *iterables: Iterable[Any] | AsyncIterable[Any],
         return_exceptions: Literal[False] = False,
         chunksize: int | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: Callable[[int, int | None], object] | None = None,
     ) -> list[T]: ...
 
     @overload
@@ -99,7 +97,7 @@ class PoolCalls:
         *iterables: Iterable[Any] | AsyncIterable[Any],
         return_exceptions: bool,
         chunksize: int | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: Callable[[int, int | None], object] | None = None,
     ) -> list[T | Exception]: ...
 
     async def map(
@@ -109,7 +107,7 @@ class PoolCalls:
         *iterables: Iterable[Any] | AsyncIterable[Any],
         return_exceptions: bool = False,
         chunksize: int | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: Callable[[int, int | None], object] | None = None,
     ) -> list[Any]:
         """Call `fn` with each of the items, on all workers, and return the results in order.
 

@@ -15,12 +15,15 @@ from ._settings import UNSET, CallOptions, Unset
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ._calls import CpuPoolView
+    from ._pool import CpuPool
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def offload(
-    pool: PoolCalls | Callable[[], PoolCalls] | None = None,
+    pool: CpuPool | CpuPoolView | Callable[[], CpuPool | CpuPoolView] | None = None,
     *,
     timeout: float | Unset | None = UNSET,
     queue_timeout: float | Unset | None = UNSET,

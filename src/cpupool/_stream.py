@@ -5,18 +5,50 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
-    from ._map import Flow
 
 T = TypeVar("T")
 
 _REPORT_INTERVAL = 0.05  # seconds between two calls of `on_progress`
+
+
+class Segment(Protocol):
+    """What has become of some consecutive items: see `_map`."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def values(self) -> list[Any]: ...
+
+    @property
+    def failures(self) -> list[int]: ...
+
+
+class Segments(Protocol):
+    """What gives them: a `Flow`."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    @property
+    def total(self) -> int | None: ...
+
+    async def next_segment(self) -> Segment | None: ...
+
+    def consume(self) -> None: ...
+
+    def fail(self, error: Exception) -> Exception: ...
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
 
 
 class Stream(Generic[T]):
@@ -25,7 +57,7 @@ class Stream(Generic[T]):
     Leaving the block, also early or by an error, stops what still runs, and closes the generators among the sources.
     """
 
-    def __init__(self, flow: Flow, *, return_exceptions: bool) -> None:
+    def __init__(self, flow: Segments, *, return_exceptions: bool) -> None:
         self._flow = flow
         self._return_exceptions = return_exceptions
         self._values: list[Any] = []  # the segment in hand, the next one last
@@ -72,7 +104,7 @@ class Stream(Generic[T]):
 
 
 async def map_items(
-    flow: Flow, *, return_exceptions: bool, on_progress: Callable[[int, int | None], object] | None
+    flow: Segments, *, return_exceptions: bool, on_progress: Callable[[int, int | None], object] | None
 ) -> list[Any]:
     """Return all results of a flow, in order."""
     progress = None if on_progress is None else _Progress(on_progress)
