@@ -311,6 +311,64 @@ def test_a_closed_dispatcher_takes_no_call_but_serves_those_it_took() -> None:
     assert accepted.worker == "a"
 
 
+class Owner:
+    """A map or stream."""
+
+
+def enqueue_for(dispatcher: Dispatcher[str], owner: Owner, *, is_admitted: bool = True) -> Lease[str]:
+    lease: Lease[str] = Lease(next(numbers), owner, is_admitted=is_admitted)
+    lease.ticket = make_ticket()
+    dispatcher.enqueue(lease)
+    return lease
+
+
+def test_the_lanes_of_a_map_that_was_accepted_are_served_while_the_pool_closes() -> None:
+    dispatcher = ready_dispatcher(1)
+    owner = Owner()
+    dispatcher.add_owner(owner)
+    dispatcher.close()
+    lease = enqueue_for(dispatcher, owner)
+    assert lease.worker == "worker 0"
+    dispatcher.give_back(lease)
+    assert not dispatcher.is_quiet(), "it comes again"
+    with pytest.raises(PoolClosed):
+        dispatcher.add_owner(Owner())
+    with pytest.raises(PoolClosed):
+        enqueue_for(dispatcher, Owner())
+    dispatcher.remove_owner(owner)
+    assert dispatcher.is_quiet()
+    with pytest.raises(PoolClosed):
+        enqueue_for(dispatcher, owner)
+
+
+def test_a_map_that_nobody_holds_any_more_keeps_no_pool_open() -> None:
+    dispatcher = ready_dispatcher(1)
+    owner = Owner()
+    dispatcher.add_owner(owner)
+    del owner
+    assert dispatcher.is_quiet()
+
+
+def test_a_map_that_has_begun_is_not_refused_for_want_of_room() -> None:
+    dispatcher = ready_dispatcher(1, max_pending=0)
+    borrow(dispatcher)
+    owner = Owner()
+    dispatcher.add_owner(owner)
+    with pytest.raises(PoolFull):
+        enqueue_for(dispatcher, owner, is_admitted=False)
+    assert enqueue_for(dispatcher, owner).is_waiting
+
+
+def test_at_the_end_of_the_drain_no_map_comes_again() -> None:
+    dispatcher = ready_dispatcher(1)
+    owner = Owner()
+    dispatcher.add_owner(owner)
+    dispatcher.close()
+    dispatcher.forget_bereaved()
+    with pytest.raises(PoolClosed):
+        enqueue_for(dispatcher, owner)
+
+
 def test_a_successor_waits_until_the_outgoing_worker_has_left() -> None:
     """Or more tasks than `max_workers` would run at once."""
     dispatcher = ready_dispatcher(1)
