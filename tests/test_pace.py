@@ -87,3 +87,4 @@ def test_a_chunksize_is_taken_at_its_word() -> None:
     pace.note_run(1, 10.0)
     assert pace.choose_size(3) == 7
     assert pace.budget == float("inf")
+    assert Pace(2, 100, 10).choose_size(None) == 10, "more than the buffer has room for would never be taken"

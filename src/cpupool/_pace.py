@@ -23,7 +23,7 @@ class Pace:
     def __init__(self, lanes: int, chunksize: int | None, buffersize: int | None) -> None:
         """Args: as those of `CpuPool.stream`."""
         self.lanes = lanes
-        self._chunksize = chunksize
+        self._chunksize = chunksize if chunksize is None or buffersize is None else min(chunksize, buffersize)
         self._most: float = math.inf if buffersize is None else max(buffersize // (2 * lanes), 1)
         self._item_seconds = math.inf
         self._last = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,8 +18,11 @@ class TrioWaits:
     """Waits by suspending the task; cancelling a scope around it ends the wait."""
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
-        with trio.move_on_after(math.inf if timeout is None else timeout):
+        if timeout is None:
             await wait_readable(channel)
+        else:
+            with trio.move_on_after(timeout):
+                await wait_readable(channel)
 
     async def writable(self, channel: socket.socket) -> None:
         await wait_writable(channel)

@@ -119,10 +119,7 @@ class BlockingWaits:
     """Waits by blocking the thread; Ctrl-C in the main thread ends the wait."""
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
-        if timeout is None:
-            _block_until(channel, select.POLLIN)
-        else:
-            select.select([channel], [], [], timeout)
+        _block_until(channel, select.POLLIN, timeout)
 
     async def writable(self, channel: socket.socket) -> None:
         _block_until(channel, select.POLLOUT)
@@ -149,10 +146,12 @@ def _release(ticket: Ticket) -> bool:
     return True
 
 
-def _block_until(channel: socket.socket, event: int) -> None:
+def _block_until(channel: socket.socket, event: int, timeout: float | None = None) -> None:
     poll = select.poll()
     poll.register(channel, event)
-    if threading.current_thread() is threading.main_thread():
+    if timeout is not None:
+        poll.poll(timeout * 1000)
+    elif threading.current_thread() is threading.main_thread():
         while not poll.poll(SIGNAL_LATENCY * 1000):
             pass
     else:
