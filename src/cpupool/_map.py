@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -145,7 +145,7 @@ class Flow:
         self._consumed = 0
         self._failed_at = math.inf  # the number of the first item that has failed, if that is to end it all
         self._error: Exception | None = None  # why nothing can go on
-        self._output: dict[int, Callable[[], Segment]] = {}  # by the number of the first item
+        self._output: OrderedDict[int, Callable[[], Segment]] = OrderedDict()  # by the number of the first item
         self._next = 0  # the next number to be given out, if ordered
         self._event: anyio.Event | None = None
         self._group: TaskGroup | None = None
@@ -159,7 +159,7 @@ class Flow:
     def total(self) -> int | None:
         """How many items there are in all, None while that is not known."""
         if self._source.is_ended:
-            return self._pulled + (len(self._source.rows) if isinstance(self._source, FedSource) else 0)
+            return self._pulled + self._count_fed()
         left = self._source.left
         return None if left is None else self._pulled + left
 
@@ -200,9 +200,9 @@ class Flow:
             if self._source.error is not None and not self._is_lazy:
                 raise self._source.error
             if self._output and (not self._ordered or self._next in self._output):
-                first = self._next if self._ordered else next(iter(self._output))
-                segment = self._output.pop(first)()
-                self._next = first + len(segment.values)
+                make = self._output.pop(self._next) if self._ordered else self._output.popitem(last=False)[1]
+                segment = make()
+                self._next = segment.first + len(segment.values)
                 return segment
             if self._is_finished:
                 if self._source.error is not None:
@@ -310,6 +310,7 @@ class Flow:
             else:
                 arguments = tuple(column[0] for column in batch.columns)
                 self._blame(batch, _payload.explain(self._fn, arguments, {}, self._options.dumps, error) or error)
+            await checkpoint()  # the next one may be no better
             return
         supervisor, waits = self._supervisor, self._waits
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), self, is_admitted=self._has_begun)
