@@ -242,6 +242,23 @@ async def test_what_is_odd_about_an_item_concerns_that_item_alone() -> None:
                 await pool.map(fn, values, chunksize=2)
 
 
+async def test_others_run_while_thousands_of_items_cannot_be_pickled() -> None:
+    turns = 0
+    async with CpuPool(1) as pool, anyio.create_task_group() as group:
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await anyio.lowlevel.checkpoint()
+                turns += 1
+
+        group.start_soon(count_turns)
+        got = await pool.map(items.same, [threading.Lock() for _ in range(1000)], return_exceptions=True)
+        group.cancel_scope.cancel()
+    assert {type(each) for each in got} == {TaskNotPicklable}
+    assert turns > 1000
+
+
 @pytest.mark.parametrize("value", [int, float, str], ids=["ints", "floats", "records"])
 @pytest.mark.parametrize("end", [items.exit_at_once, items.kill_itself], ids=lambda fn: fn.__name__)
 async def test_a_crash_blames_the_running_item_and_keeps_what_is_done(
