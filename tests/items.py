@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import logging
 import os
@@ -183,6 +184,62 @@ def log_pid(path: str, item: object) -> object:
 
 def big(item: int) -> bytes:
     return bytes([item % 256]) * (300_000 if item % 3 else 10)
+
+
+def work_or_fail(seconds: float) -> float:
+    """Fail after so long if it is negative."""
+    work(abs(seconds))
+    if seconds < 0:
+        raise ValueError(seconds)
+    return seconds
+
+
+def work_here(seconds: float) -> tuple[float, int]:
+    return work(seconds), os.getpid()
+
+
+class ExitOnceDone:
+    """Ends its worker behind the last of some items: when it is done, and not yet answered for."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def __call__(self, item: int) -> Any:
+        if item != self.last:
+            return item
+        from cpupool import _batches  # as a crash in that moment would, which no item can time
+
+        take_held = _batches._Run.take_held
+
+        def exit_at_once(self: Any) -> bytes:
+            take_held(self)
+            os._exit(1)
+
+        _batches._Run.take_held = exit_at_once  # type: ignore[method-assign]
+        return item
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+class NoNotes(Exception):
+    def add_note(self, note: str) -> None:
+        raise RuntimeError("no notes")
+
+
+def raise_frozen(item: int) -> None:
+    raise FrozenError(item)
+
+
+def raise_without_notes(item: int) -> None:
+    raise NoNotes(item)
+
+
+def fail_after(seconds: float) -> None:
+    work(seconds)
+    raise ValueError(seconds)
 
 
 class BadItem:

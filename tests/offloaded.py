@@ -34,6 +34,22 @@ class Scale:
     def apply(self, number: int) -> int:
         return self.factor * number
 
+    @classmethod
+    @cpupool.offload(get_pool)
+    def make(cls, factor: int) -> tuple[int, str]:
+        return cls(factor).factor, cls.__name__
+
+    @cpupool.offload(get_pool)
+    def __multiply(self, number: int) -> int:
+        return self.factor * number
+
+    async def apply_privately(self, number: int) -> int:
+        return await self.__multiply(number)
+
+    @cpupool.offload(get_pool)
+    def die(self) -> None:
+        os._exit(1)
+
     @staticmethod
     @cpupool.offload(get_pool)
     def parse(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -39,6 +40,16 @@ def test_a_piece_is_as_long_as_it_may_be(text: str, max_chars: int) -> None:
     for piece, following in itertools.pairwise(pieces):
         run = next((index + 1 for index, character in enumerate(following) if character.isspace()), len(following))
         assert len(piece) + run > max_chars
+
+
+@given(texts, st.integers(1, 30))
+def test_a_pattern_cuts_where_a_function_does(text: str, max_chars: int) -> None:
+    assert list(split_text(text, max_chars, re.compile(r"\s"))) == list(split_text(text, max_chars))
+
+
+def test_a_pattern_looks_back_as_far_as_needed() -> None:
+    text = "a b" + "c" * 5000 + " d"
+    assert list(split_text(text, 5000, re.compile(" "))) == ["a ", "b" + "c" * 5000 + " ", "d"]
 
 
 def test_another_boundary() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -188,3 +190,46 @@ def test_in_workers_as_in_this_process(tmp_path: Path) -> None:
             found.add(pool.run_sync(domains.extract, task))
     assert len(tasks) > 5
     assert sorted(found.counts.elements()) == sorted(reference(path.read_text()))
+
+
+async def _extract(text: str) -> list[str]:
+    async with CpuPool(2) as pool:
+        return await domains.extract_domains(pool, text)
+
+
+def test_a_text_in_workers_as_in_this_process() -> None:
+    text = " ".join(f"www.example{number}.com, a.b and not this one" for number in range(20_000))
+    assert asyncio.run(_extract(text)) == reference(text)
+    assert asyncio.run(_extract("")) == []
+
+
+def test_a_text_without_a_boundary_is_looked_through_once() -> None:
+    """The reference takes a quarter of an hour for it."""
+    started = time.perf_counter()
+    assert asyncio.run(_extract("a" * 4_000_000 + ".b")) == ["a" * 4_000_000 + ".b"]
+    assert time.perf_counter() - started < 20
+
+
+async def _extract_from(paths: Any, said: list[int]) -> domains.Extraction:
+    async with CpuPool(2) as pool:
+        return await domains.extract_domains_from_paths(pool, paths, said.append)
+
+
+def test_files_in_workers_as_in_this_process_and_in_the_same_order(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"www.example{number}.com and z{9 - number}.example " * 40_000)
+    here = domains.Extraction()
+    for task in domains.plan_ranges(domains.find_files([tmp_path], here.unreadable)):
+        here.add(domains.extract(task))
+    said: list[int] = []
+    found = asyncio.run(_extract_from([tmp_path, tmp_path / "missing"], said))
+    assert list(found.counts.items()) == list(here.counts.items())
+    assert said == sorted(said)
+    assert said[-1] == found.bytes_read == here.bytes_read
+    assert found.unreadable == {str(tmp_path / "missing"): "No such file or directory"}
+
+
+def test_one_path_instead_of_several_is_an_error() -> None:
+    for path in ("/etc/hosts", Path("/etc/hosts")):
+        with pytest.raises(TypeError, match="several"):
+            asyncio.run(_extract_from(path, []))

@@ -42,7 +42,7 @@ LAYERS = [
     {"_crew"},
     {"_serving", "_births", "_stopping", "_memory"},
     {"_supervisor"},
-    {"_call", "_map", "_stream", "_driver", "_executor"},
+    {"_call", "_segments", "_map", "_stream", "_driver", "_executor"},
     {"_calls", "_pool", "_default", "_offload"},
     {"__init__"},
     {"executor", "domains", "progress", "_doctor", "__main__"},

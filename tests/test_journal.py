@@ -18,7 +18,7 @@ from cpupool._frames import HEADER_SIZE, BatchHead, FrameDecoder, Kind, encode_b
 from cpupool._interrupts import Interrupts
 from cpupool._journal import COLUMN_LENGTH, DATA_SIZE, JOURNAL_SIZE, Results, open_journal, read_journal
 from cpupool._payload import dumps
-from cpupool._status import CELL_SIZE, CONDEMNED, CONDEMNED_ITEM, HELD, SENT, STATUS_PAGE_SIZE
+from cpupool._status import CELL_SIZE, CONDEMNED, CONDEMNED_ITEM, CUT, HELD, SENT, STATUS_PAGE_SIZE
 
 
 class Both:
@@ -109,6 +109,26 @@ def test_other_things_are_no_numbers(both: Both) -> None:
     for other in (True, 2**63, None, "1"):
         assert not both.journal.begin_numbers(other)  # type: ignore[arg-type]
         assert both.journal.page[HELD] == 0
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_what_is_being_sent_meanwhile_is_not_read(both: Both, at: int) -> None:
+    """The column, or the data, may be those of the next results already."""
+    journal = both.journal
+    journal.begin()
+    journal.add(dumps("a"))
+    looks = 0
+
+    def read_cell(cell: int) -> int:
+        nonlocal looks
+        looks += 1
+        if looks == at:
+            journal.empty(1)
+        value: int = journal.page[cell]
+        return value
+
+    assert read_journal(read_cell, partial(os.pread, both.fd)) is None
+    assert looks == at
 
 
 heads = st.builds(
@@ -206,6 +226,21 @@ def test_a_batch_that_was_condemned_before_it_began_runs_nothing(both: Both) -> 
     page[CONDEMNED] = 5
     assert run(both, [1, 2], BatchHead(1, 0, 2, 60.0, True, False)) == ([Kind.INTERRUPTED], [])
     page[CONDEMNED] = 0
+
+
+def test_a_batch_that_is_cut_ends_after_the_item_that_runs(both: Both) -> None:
+    page = both.journal.page
+    interrupts = Interrupts(page)
+    interrupts.arm(9)
+    page[CUT] = 8
+    interrupts.raise_if_condemned()
+    assert not interrupts.is_late
+    page[CUT] = 9
+    interrupts.raise_if_condemned()
+    assert interrupts.is_late
+    assert not interrupts.hit
+    interrupts.arm(10)
+    assert not interrupts.is_late
 
 
 def test_only_the_item_that_was_condemned_feels_it(both: Both) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -175,6 +177,7 @@ async def test_a_stream_that_was_left_says_so() -> None:
 async def test_the_first_failure_is_raised_with_its_number_and_stops_the_rest(tmp_path: Path) -> None:
     fn = items.Traced(tmp_path / "trace", items.fail, fatal=(10,))
     async with CpuPool(2) as pool:
+        await pool.map(items.work, [0.01] * 10, chunksize=1)  # now both workers have imported all
         with pytest.raises(ValueError, match="no 10") as caught:
             await pool.map(fn, range(100_000), chunksize=20)
         assert caught.value.__notes__ == ["This was item 10, counted from 0."]
@@ -303,6 +306,38 @@ async def test_a_worker_killed_from_outside_costs_one_item(tmp_path: Path) -> No
     assert all(each == number for number, each in enumerate(got) if number not in died)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_a_worker_that_dies_when_all_its_items_are_done_is_nobody_s_fault(ordered: bool) -> None:
+    fn = items.ExitOnceDone(19)
+    async with CpuPool(1) as pool:
+        assert await pool.map(fn, range(20), chunksize=20) == list(range(20))
+        async with pool.stream(fn, range(60), chunksize=20, ordered=ordered, return_exceptions=True) as results:
+            assert await take_all(results) == list(range(60))
+
+
+async def test_exceptions_that_refuse_causes_and_notes_arrive_all_the_same() -> None:
+    async with CpuPool(1) as pool:
+        pid = await pool.run(items.pid_of, 0)
+        for fn, error in ((items.raise_frozen, items.FrozenError), (items.raise_without_notes, items.NoNotes)):
+            got = await pool.map(items.Fatal(fn, 1), range(3), return_exceptions=True)
+            assert [type(each) for each in got] == [int, error, int]
+            with pytest.raises(error):
+                await pool.run(fn, 1)
+        assert await pool.run(items.pid_of, 0) == pid
+
+
+async def test_an_odd_item_among_many_costs_little() -> None:
+    """Its batch is halved until it is alone."""
+    for odd in (threading.Lock(), items.BadItem()):
+        numbers: list[Any] = [*range(3000), odd, *range(3000)]
+        async with CpuPool(1) as pool:
+            before = pool._supervisor.next_task_id()
+            got = await pool.map(items.same, numbers, return_exceptions=True, chunksize=10_000)
+            assert isinstance(got.pop(3000), TaskNotPicklable)
+            assert got == [*range(3000), *range(3000)]
+            assert pool._supervisor.next_task_id() - before < 60
+
+
 async def test_an_item_whose_worker_died_is_tried_again_if_asked() -> None:
     async with CpuPool(2, retries=1) as pool:
         got = await pool.map(items.die_the_first_time, range(20))
@@ -334,6 +369,28 @@ async def test_many_items_may_take_longer_together_than_one_may() -> None:
     async with CpuPool(1) as pool:
         got = await pool.options(timeout=0.3).map(items.work, [0.02] * 40, chunksize=40)
         assert got == [0.02] * 40
+
+
+async def test_an_item_s_time_begins_when_the_one_before_has_ended_however_it_did() -> None:
+    """Also by an error, among items so quick that the clock is rarely looked at."""
+    values = [0.0] * 300 + [-0.15, 0.15, -0.15, 0.15]
+    async with CpuPool(1) as pool:
+        got = await pool.options(timeout=0.25).map(
+            items.work_or_fail, values, return_exceptions=True, chunksize=len(values)
+        )
+    assert [type(each) for each in got[300:]] == [ValueError, float, ValueError, float]
+
+
+@pytest.mark.slow
+async def test_items_that_fail_in_the_moment_of_their_timeout_have_one_outcome_each() -> None:
+    async with CpuPool(2, grace=60) as pool:
+        for chunksize in (1, 20):
+            lengths = [0.004 + (number % 40 - 20) * 0.00005 for number in range(600)]
+            got = await pool.options(timeout=0.004).map(
+                items.fail_after, lengths, return_exceptions=True, chunksize=chunksize
+            )
+            assert {type(each) for each in got} == {ValueError, TaskTimeout}
+            assert len(got) == 600
 
 
 async def test_an_item_that_no_interrupt_stops_is_killed_alone() -> None:
@@ -434,6 +491,157 @@ async def test_a_file_that_was_given_stays_open(tmp_path: Path) -> None:
         assert not file.closed
 
 
+async def test_a_source_that_uses_a_stream_itself_and_is_left_early() -> None:
+    """The generator's blocks are left in the task that has entered them."""
+    async with CpuPool(2) as pool:
+
+        async def first() -> AsyncIterator[int]:
+            async with pool.stream(items.double, itertools.count()) as results:
+                async for value in results:
+                    yield value
+
+        for _ in range(3):
+            async with pool.stream(items.double, first(), buffersize=8) as results:
+                assert [await anext(results) for _ in range(3)] == [0, 4, 8]
+
+
+def test_a_generator_around_a_stream_that_is_left_early_harms_nobody() -> None:
+    """Asyncio closes such a generator in another task; trio does not allow it."""
+
+    async def squares(pool: CpuPool) -> AsyncIterator[int]:
+        async with pool.stream(items.double, itertools.count()) as results:
+            async for value in results:
+                yield value
+
+    async def main() -> None:
+        async with CpuPool(2) as pool:
+            for _ in range(3):
+                async for value in squares(pool):
+                    if value == 10:
+                        break
+                gc.collect()
+                await asyncio.sleep(0.01)
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            assert await pool.map(items.double, range(3)) == [0, 2, 4]
+
+    asyncio.run(main())
+
+
+async def test_all_sources_are_closed_though_one_does_not_want_to_be() -> None:
+    closed = []
+
+    def stubborn() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            raise LookupError("in close")
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append("plain")
+
+    async with CpuPool(1) as pool:
+        with pytest.raises(LookupError, match="in close"):
+            async with pool.stream(items.weigh, stubborn(), numbers()) as results:
+                await anext(results)
+    assert closed == ["plain"]
+
+
+async def test_two_tasks_cannot_wait_for_the_same_stream() -> None:
+    async with CpuPool(1) as pool, pool.stream(items.work, [0.1] * 3) as results, anyio.create_task_group() as group:
+        got: list[Any] = []
+        group.start_soon(take_into, got, results)
+        await anyio.lowlevel.checkpoint()
+        with pytest.raises(RuntimeError, match="another task"):
+            await anext(results)
+        group.cancel_scope.cancel()
+
+
+class Oddity(BaseException):
+    """No `Exception`."""
+
+
+async def test_whatever_a_source_raises_arrives_as_itself_and_alone() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise Oddity
+
+    def cancelled() -> Iterator[int]:
+        yield 1
+        future: concurrent.futures.Future[int] = concurrent.futures.Future()
+        future.cancel()
+        yield future.result()
+
+    async def abroken() -> AsyncIterator[int]:
+        yield 1
+        raise Oddity
+
+    async with CpuPool(2) as pool:
+        for make, error in ((broken, Oddity), (cancelled, concurrent.futures.CancelledError), (abroken, Oddity)):
+            with pytest.raises(error):
+                await pool.map(items.double, make())
+            async with pool.stream(items.double, make()) as results:
+                assert await anext(results) == 2
+                with pytest.raises(error):
+                    await take_all(results)
+
+
+def test_a_source_whose_own_future_was_cancelled_cancels_nobody() -> None:
+    async def source() -> AsyncIterator[int]:
+        yield 1
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        yield await future
+
+    async def main() -> None:
+        async with CpuPool(1) as pool:
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await pool.map(items.double, source())
+            assert "scope" not in str(caught.value)
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+
+    asyncio.run(main())
+
+
+class WithoutLength:
+    def __len__(self) -> int:
+        raise TypeError("it has none")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2])
+
+
+class OnlyNext:
+    """An asynchronous iterator as `async for` takes it, and no more."""
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    async def __anext__(self) -> int:
+        if not self.left:
+            raise StopAsyncIteration
+        self.left -= 1
+        return self.left
+
+
+class GivesOnlyNext:
+    def __aiter__(self) -> OnlyNext:
+        return OnlyNext()
+
+
+async def test_sources_need_no_more_than_for_needs() -> None:
+    async with CpuPool(1) as pool:
+        assert await pool.map(items.double, WithoutLength()) == [2, 4]
+        assert await pool.map(items.double, GivesOnlyNext()) == [2, 0]  # type: ignore[call-overload]
+
+
 async def test_the_source_s_own_error_arrives_as_itself() -> None:
     def broken() -> Iterator[int]:
         yield from range(10)
@@ -501,6 +709,42 @@ async def test_a_slow_consumer_of_unordered_results_gets_them_all() -> None:
             got.append(value)
             await anyio.lowlevel.checkpoint()
     assert sorted(got) == list(range(300))
+
+
+@pytest.mark.parametrize(("chunksize", "buffersize"), [(100, 10), (3, 2), (None, 1)])
+async def test_a_chunk_that_is_larger_than_the_buffer_is_cut(chunksize: int | None, buffersize: int) -> None:
+    async with CpuPool(2) as pool:
+        for source in (list(range(50)), agen(range(50))):
+            async with pool.stream(items.same, source, chunksize=chunksize, buffersize=buffersize) as results:
+                assert await take_all(results) == list(range(50))
+
+
+async def test_an_asynchronous_source_never_stalls_whatever_the_pace_does() -> None:
+    async with CpuPool(2) as pool:
+        for _ in range(3):
+            async with pool.stream(items.work, agen([0.00002] * 10_000)) as results:
+                assert len(await take_all(results)) == 10_000
+
+
+async def test_long_items_behind_many_tiny_ones_are_shared_out() -> None:
+    """The worker that finds its items long is told to give back those that have not begun."""
+    async with CpuPool(2) as pool:
+        await pool.map(items.work_here, [0.01] * 4)
+        got = await pool.map(items.work_here, [*[0.0] * 50_000, *[0.02] * 100])
+    pids = [pid for seconds, pid in got if seconds]
+    assert all(pids.count(pid) >= 30 for pid in set(pids))
+    assert len(set(pids)) == 2
+
+
+async def test_a_call_does_not_wait_for_the_long_items_behind_many_tiny_ones() -> None:
+    async with CpuPool(1) as pool, anyio.create_task_group() as group:
+        group.start_soon(pool.map, items.work, [*[0.0] * 50_000, *[0.02] * 400])
+        for _ in range(5):
+            begun = time.perf_counter()
+            await pool.run(abs, 1)
+            assert time.perf_counter() - begun < 2  # all the long ones take 8
+            await anyio.sleep(0.05)
+        group.cancel_scope.cancel()
 
 
 async def test_b8_small_calls_wait_for_one_batch_at_most() -> None:
@@ -626,6 +870,32 @@ async def test_a_full_pool_refuses_a_map_but_not_one_that_has_begun(tmp_path: Pa
                 await pool.map(items.double, range(10))
             await anyio.to_thread.run_sync(gate.open)
         assert await pool.map(items.work, [0.02] * 40) == [0.02] * 40
+
+
+async def test_a_map_that_has_begun_is_never_refused_nor_refuses_others() -> None:
+    """Its lanes wait again and again, behind others, and are no callers of their own."""
+    async with CpuPool(1, max_pending=1, queue_timeout=0.3) as pool:
+        async with anyio.create_task_group() as group:
+            results: list[list[float]] = []
+
+            async def call(seconds: float, count: int) -> None:
+                results.append(await pool.map(items.work, [seconds] * count, chunksize=1))
+
+            group.start_soon(call, 0.02, 30)
+            group.start_soon(call, 0.02, 30)
+            await anyio.sleep(0.1)
+            for _ in range(10):
+                await pool.options(queue_timeout=None).run(abs, 1)
+            await pool.options(queue_timeout=None).run(items.work, 0.5)  # longer than a call may wait
+        assert results == [[0.02] * 30] * 2
+
+
+async def test_nothing_to_do_leaves_nothing_behind() -> None:
+    pool = CpuPool(1)
+    for _ in range(10):
+        assert await pool.map(items.double, []) == []
+    assert pool._dispatcher.is_quiet()
+    assert not pool._supervisor._orders
 
 
 async def test_a_pool_that_cannot_start_says_so() -> None:

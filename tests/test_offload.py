@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ async def test_an_offloaded_function_runs_in_a_worker_of_its_pool() -> None:
 
 async def test_it_has_the_parameters_the_name_and_the_text_of_the_plain_one() -> None:
     assert inspect.signature(offloaded.where) == inspect.signature(offloaded.where.__wrapped__)  # type: ignore[attr-defined]
+    assert inspect.iscoroutinefunction(offloaded.where) or sys.version_info < (3, 12)
+    assert asyncio.iscoroutinefunction(offloaded.where)
     assert offloaded.where.__doc__ == "Say where it runs."
     assert offloaded.where.__wrapped__(1, two="b")[1:] == (1, "b")  # type: ignore[attr-defined]
 
@@ -50,6 +53,10 @@ async def test_methods_of_objects_that_can_be_pickled() -> None:
         scale = offloaded.Scale(3)
         assert await scale.apply(14) == 42
         assert await offloaded.Scale.parse("7") == 7
+        assert await offloaded.Scale.make(5) == (5, "Scale")
+        assert await scale.apply_privately(2) == 6
+        with pytest.raises(WorkerDied, match=r"offloaded\.Scale\.die"):
+            await scale.die()
 
 
 async def test_its_options_hold() -> None:
@@ -88,6 +95,10 @@ def test_wrong_uses_are_refused_where_they_stand() -> None:
 
     with pytest.raises(TypeError, match="parentheses"):
         offload(items.double)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="parentheses"):
+        offload(items.Note._make)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="parentheses"):
+        offload(lambda: None)()  # type: ignore[arg-type, call-arg, return-value]
     with pytest.raises(ValueError, match="timeout"):
         offload(timeout=-1)
     with pytest.raises(TypeError, match="async def"):

@@ -20,8 +20,9 @@ the bottom up; imports point only downward:
                           keeping the fork server; how workers become ready; how tasks are stopped; memory that they
                           must not hold
     6  _supervisor         the thread that does all that, and replaces and reaps
-    7  _call _map _stream _driver _executor
-                          one call on its way; many items; calls through concurrent.futures, and their thread
+    7  _call _segments _map _stream _driver _executor
+                          one call on its way; many items, and their results; calls through concurrent.futures, and
+                          their thread
     8  _calls _pool _default _offload
                           CpuPool and its views; the process's default pool; functions that run in one
     9  __init__            this file

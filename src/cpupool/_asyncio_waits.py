@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._waiting import Ticket
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractContextManager
 
 
@@ -54,9 +54,40 @@ class AsyncioWaits:
         future: asyncio.Future[None] = ticket.waiting
         return future
 
+    async def open_tasks(self) -> AsyncioTasks:
+        return AsyncioTasks()
+
     def shielded(self) -> AbstractContextManager[object]:
         anyio = sys.modules.get("anyio")  # without it there are no scopes
         return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
+
+
+class AsyncioTasks:
+    """Tasks of the running loop.
+
+    No task group: that belongs to the task that has opened it, and asyncio closes a generator that was left early, with
+    all blocks in it, in another one.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def start(self, function: Callable[..., Coroutine[Any, Any, object]], *args: object) -> None:
+        task = asyncio.get_running_loop().create_task(function(*args))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        cancelled = None
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            try:
+                await asyncio.wait(self._tasks)
+            except asyncio.CancelledError as error:
+                cancelled = error  # they are as good as gone: it can wait that long
+        if cancelled is not None:
+            raise cancelled
 
 
 def _wake(ticket: Ticket) -> bool:

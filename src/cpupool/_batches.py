@@ -55,7 +55,7 @@ def run_batch(
             head, label, function, items = split_batch(body)
             interrupts.arm(task_id)
             fn, columns = _payload.loads(function), _payload.loads(items)
-            batch = _Batch(task_id, fn, columns, head, interrupts, journal, dumps, send)
+            batch = _Run(task_id, fn, columns, head, interrupts, journal, dumps, send)
             set_current_task(lambda: Task(task_id, label.decode() or None, head.attempt, batch.item))
             batch.run()
         finally:
@@ -75,7 +75,7 @@ def _is_interrupt(error: BaseException, interrupts: Interrupts) -> bool:
     return isinstance(error, TaskInterrupted) and interrupts.hit
 
 
-class _Batch:
+class _Run:
     """A batch that runs.
 
     Rules: how many items are done stands in the status page alone, so that the pool and an interrupt see the same.  An
@@ -123,7 +123,7 @@ class _Batch:
         page[SINCE] = time.monotonic_ns() if head.is_timed else NOT_NOW
         journal.begin()
         stride, now = 1, self._began
-        while not self._is_over and (left := head.limit - self._done) > 0 and now - self._began <= head.budget:
+        while not self._is_ending and (left := head.limit - self._done) > 0 and now - self._began <= head.budget:
             count = min(stride, left, COLUMN_LENGTH - page[HELD])
             self._run_stride(self._done + count)
             before, now = now, time.monotonic()
@@ -135,7 +135,7 @@ class _Batch:
     def _run_stride(self, goal: int) -> None:
         """Run items until `goal` of them are done, or the batch is over."""
         page = self._page
-        while (left := goal - self._done) > 0 and not self._is_over:
+        while (left := goal - self._done) > 0 and not self._is_ending:
             try:
                 if page[COLUMN] == RECORDS:
                     self._run_for_records(left)
@@ -145,12 +145,15 @@ class _Batch:
                 if self._interrupts.hit:
                     raise  # it is the interrupt, or made of it
                 self._add_error(self.encode_error(error))
-            if self._interrupts.hit:
-                self._is_over = True  # the item has caught the interrupt, and returned all the same
+
+    @property
+    def _is_ending(self) -> bool:
+        """True if no further item may begin: also if one has caught its interrupt, and returned all the same."""
+        return self._is_over or self._interrupts.hit or self._interrupts.is_late
 
     def _run_for_numbers(self, count: int) -> None:
         """Run items as long as they return numbers of one type."""
-        fn, page = self._fn, self._page
+        fn, page, interrupts = self._fn, self._page, self._interrupts
         code, held = page[COLUMN], page[HELD]
         number, column = NUMBERS[code], self._journal.columns[code]
         try:
@@ -163,6 +166,8 @@ class _Batch:
                 except ValueError:  # more than 64 bits
                     break
                 held += 1
+                if interrupts.is_late:
+                    return
             else:
                 return
         finally:
@@ -191,10 +196,10 @@ class _Batch:
             data[start:end] = record
             column[held] = end
             held += 1
-            page[held_cell] = held
             if is_timed:
-                page[SINCE] = time.monotonic_ns()
-            if interrupts.hit:
+                page[SINCE] = time.monotonic_ns()  # first: the pool may look at any time, and see the next item
+            page[held_cell] = held
+            if interrupts.hit or interrupts.is_late:
                 return
 
     def _run_first(self) -> None:
@@ -226,6 +231,8 @@ class _Batch:
         journal = self._journal
         if self._page[COLUMN] != RECORDS:
             self.send_held()
+        if self._head.is_timed:
+            self._page[SINCE] = time.monotonic_ns()
         if not journal.add(record, is_error=is_error):
             self.send_held()
             if not journal.add(record, is_error=is_error):
@@ -260,7 +267,7 @@ class _Batch:
 
     def encode_error(self, error: BaseException) -> bytes:
         """Encode what an item raised, with the traceback from its own first line."""
-        error.__traceback__ = _without_own_frames(error.__traceback__)
+        error = error.with_traceback(_without_own_frames(error.__traceback__))
         return encode_error(error, STAGE_TASK, dumps=self._dumps)
 
 

@@ -131,10 +131,11 @@ class PoolCalls:
 
         Cancellation: as `run`, for all items that run; generators among the iterables are closed.
         """
-        from ._map import Flow  # here: it loads anyio, which most callers of a pool never need
+        from ._map import Flow, FlowOptions  # here: it loads anyio, which most callers of a pool never need
         from ._stream import map_items
 
-        flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, return_exceptions, chunksize)
+        flow_options = FlowOptions(return_exceptions, chunksize)
+        flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
         return await map_items(flow, return_exceptions=return_exceptions, on_progress=on_progress)
 
     @overload
@@ -175,6 +176,7 @@ class PoolCalls:
 
         Use it as `async with pool.stream(fn, items) as results: async for value in results: ...`.  The iterables may be
         endless.  Leaving the block, at any time and in any way, stops what runs, and closes the generators among them.
+        One task iterates at a time.
 
         Args:
             fn: the function.
@@ -184,7 +186,7 @@ class PoolCalls:
                 the first failure is raised when its turn comes, and ends the stream.
             chunksize: as for `map`.
             buffersize: how many items may have been taken from the iterables whose results have not been taken yet; by
-                default as many as keep all workers busy.
+                default as many as keep all workers busy, and not more than some 32 MB of them.
 
         Raises:
             TypeError, ValueError, TaskNotPicklable: an argument is not what it can be.  What `map` raises comes out of
@@ -192,22 +194,11 @@ class PoolCalls:
 
         Cancellation: as `map`.
         """
-        from ._map import Flow
+        from ._map import Flow, FlowOptions
         from ._stream import Stream
 
-        waits, is_lazy = async_waits(), True
-        flow = Flow(
-            self._supervisor,
-            waits,
-            fn,
-            iterables,
-            self._options,
-            return_exceptions,
-            chunksize,
-            is_lazy,
-            buffersize,
-            ordered,
-        )
+        flow_options = FlowOptions(return_exceptions, chunksize, True, buffersize, ordered)
+        flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
         return Stream(flow, return_exceptions=return_exceptions)
 
     def options(

@@ -258,7 +258,7 @@ def _run_call(task_id: int, body: memoryview, interrupts: Interrupts, dumps: Cal
         if stage is STAGE_RESULT:
             return encode_frame(kind, task_id, encode_unpicklable(error, result))
         if stage is STAGE_TASK and error.__traceback__ is not None:
-            error.__traceback__ = error.__traceback__.tb_next  # from the task's own first line
+            error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
         return encode_frame(kind, task_id, encode_error(error, stage, dumps=dumps))
 
 

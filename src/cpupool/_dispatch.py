@@ -135,6 +135,11 @@ class Dispatcher(Generic[W]):
             self._notify()
         return False
 
+    @property
+    def has_queue(self) -> bool:
+        """True if somebody waits for a worker, as far as that can be told without the lock."""
+        return bool(self._queue)
+
     def add_owner(self, owner: object) -> None:
         """Take on a map or stream: the leases of its lanes are accepted, even after `close`, until it is removed.
 
@@ -155,9 +160,11 @@ class Dispatcher(Generic[W]):
         room = max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
         if len(self._queue) >= room and self.has_withdrawn:
             self._sweep()
-        if len(self._queue) >= room and lease not in self._bereaved:
+        if len(self._queue) < room or lease in self._bereaved:
+            return
+        pending = sum(not each.is_admitted for each in self._queue)  # lanes of maps come and go
+        if pending >= room:
             lease.ticket = None  # it waits for nothing
-            pending = len(self._queue)
             raise PoolFull(pending, (pending + 1) * self._estimate_run() / self.max_workers)
 
     def _sweep(self) -> None:

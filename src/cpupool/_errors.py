@@ -397,7 +397,7 @@ def decode_error(body: memoryview | bytes, task: str) -> Exception:
         error = TaskNotPicklable(task, "the function or an argument", f"{type_name}: {text}", advice)
     else:
         error = _load_exception(pickled) or RemoteError(type_name, text, trace)
-    error.__cause__ = RemoteTraceback(trace)
+    BaseException.__setattr__(error, "__cause__", RemoteTraceback(trace))  # its own may refuse: a frozen dataclass
     return error
 
 

@@ -9,7 +9,7 @@ import faulthandler
 import signal
 
 from ._errors import TaskInterrupted
-from ._status import CONDEMNED, CONDEMNED_ITEM, EVERY_ITEM, HELD, INTERRUPT_SIGNAL, INTERRUPTED, SENT, STARTED
+from ._status import CONDEMNED, CONDEMNED_ITEM, CUT, EVERY_ITEM, HELD, INTERRUPT_SIGNAL, INTERRUPTED, SENT, STARTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,18 +29,21 @@ class Interrupts:
     Attributes:
         armed: the id of the task that may be interrupted now, 0 for none.  A task is interrupted once at most.
         hit: True if the task that was armed last has been interrupted.
+        is_late: True if it is a batch that is to end after the item that runs.
     """
 
-    __slots__ = ("armed", "hit", "page")
+    __slots__ = ("armed", "hit", "is_late", "page")
 
     def __init__(self, page: memoryview) -> None:
         self.page = page
         self.armed = 0
         self.hit = False
+        self.is_late = False
 
     def arm(self, task_id: int) -> None:
         """Let `task_id` be interrupted from now on; raises at once if it is condemned already."""
         self.hit = False
+        self.is_late = False
         self.armed = task_id
         self.page[STARTED] = task_id
         self.raise_if_condemned()
@@ -50,6 +53,8 @@ class Interrupts:
 
         Else it waits for the pool's next signal.
         """
+        if self.armed and self.page[CUT] == self.armed:
+            self.is_late = True
         if self.armed and self._is_condemned() and not _must_not_raise_in(frame):
             self.page[INTERRUPTED] = self.armed
             self.armed = 0

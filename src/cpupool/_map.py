@@ -10,21 +10,21 @@ Rules:
 - All of it lives in one event loop, so it needs no lock.  What a lane has to wait for is announced by `_wake`.
 - An item is in exactly one place: still in the source, in a waiting batch, in a batch that a lane holds, or done.
 - A batch that ends early (a crash, a timeout, the end of its time) gives the items that have not begun back to the
-  head of the waiting ones.  The one that ran is blamed.  Where that is not known, because the items could not even be
-  unpickled, none has begun, and each is sent alone.
+  head of the waiting ones.  The one that ran is blamed, if there was one: a worker may also die, or feel an interrupt,
+  when all are done.  Where it is not known, because the items could not even be unpickled, none has begun, and the
+  batch is halved until the culprit is alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
 from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _payload
 from ._call import check_function, run_attempt
@@ -33,8 +33,9 @@ from ._errors import decode_error
 from ._frames import BatchHead, Kind, encode_batch
 from ._journal import Results
 from ._lease import Lease, Verdict
-from ._outcomes import Interruption, make_death_error, make_rebuild_error, make_stop_error, name_task
+from ._outcomes import Interruption, make_death_error, make_stop_error, name_task
 from ._pace import Pace
+from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, open_source
 from ._worker import Death
@@ -42,17 +43,29 @@ from ._worker import Death
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from anyio.abc import TaskGroup
-
     from ._frames import Frame
     from ._settings import CallOptions
     from ._sources import Columns
     from ._supervisor import Supervisor
-    from ._waiting import Waits
+    from ._waiting import Tasks, Waits
     from ._worker import Worker
 
-_LEAST_ROOM = 64  # items on their way in a stream without `buffersize`
 _LONGEST_FEED = 0.005  # seconds for which items are taken from a source that never lets other tasks run
+_LONGEST_CLOSE = 5.0  # seconds that an asynchronous generator has to end, once nobody wants its items
+
+
+class FlowOptions(NamedTuple):
+    """How the items of one map or stream are run: as `CpuPool.stream` documents it.
+
+    Attributes:
+        is_lazy: True if items are taken from the source only as results are taken.
+    """
+
+    return_exceptions: bool
+    chunksize: int | None
+    is_lazy: bool = False
+    buffersize: int | None = None
+    ordered: bool = False
 
 
 class _Batch:
@@ -61,19 +74,23 @@ class _Batch:
     Attributes:
         first: the number of its first item.
         columns: the items.
-        attempt: the how manieth time it is that its one item is tried, else 1.
+        attempt: 1, or more for an item that is tried again, alone.
         body: the pickled items, or None.
+        limit: how many of them the worker was told to run, at most.
+        sent_at: when it was sent, on the monotonic clock.
         done: how many of them have their result in the output.
         seconds: how long the worker took for those.
     """
 
-    __slots__ = ("attempt", "body", "columns", "done", "first", "seconds")
+    __slots__ = ("attempt", "body", "columns", "done", "first", "limit", "seconds", "sent_at")
 
     def __init__(self, first: int, columns: Columns, attempt: int = 1) -> None:
         self.first = first
         self.columns = columns
         self.attempt = attempt
         self.body: bytes | None = None
+        self.limit = self.size
+        self.sent_at = math.inf
         self.done = 0
         self.seconds = 0.0
 
@@ -81,24 +98,14 @@ class _Batch:
     def size(self) -> int:
         return len(self.columns[0])
 
+    @property
+    def runs_none(self) -> bool:
+        """True if all items that the worker was to run are done, so that none is to blame."""
+        return self.done >= self.limit
+
     def cut(self, start: int, stop: int | None = None, attempt: int = 1) -> _Batch:
         """Return a batch of some of its items."""
         return _Batch(self.first + start, tuple(each[start:stop] for each in self.columns), attempt)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Segment:
-    """What has become of some consecutive items.
-
-    Attributes:
-        first: the number of the first one.
-        values: their results; exceptions in the place of those that failed.
-        failures: the positions of those among `values`.
-    """
-
-    first: int
-    values: list[Any]
-    failures: list[int]
 
 
 class Flow:
@@ -114,15 +121,10 @@ class Flow:
         fn: Callable[..., Any],
         iterables: tuple[Any, ...],
         options: CallOptions,
-        return_exceptions: bool,
-        chunksize: int | None,
-        is_lazy: bool = False,
-        buffersize: int | None = None,
-        ordered: bool = False,
+        flow_options: FlowOptions,
     ) -> None:
-        """Args: as those of `CpuPool.stream`; one that is not lazy takes from the source whatever lanes can use."""
-        for name, size in (("chunksize", chunksize), ("buffersize", buffersize)):
-            if size is not None:
+        for name in ("chunksize", "buffersize"):
+            if (size := getattr(flow_options, name)) is not None:
                 check_count(name, size, at_least=1)
         check_function(fn)
         self._function = _payload.dumps_function(fn, options.dumps)
@@ -132,59 +134,60 @@ class Flow:
         self._fn = fn
         self._options = options
         self._label = encode_label(options)
-        self._stops_at_error = not return_exceptions
-        self._ordered = ordered
-        self._is_lazy = is_lazy
-        self._buffersize = buffersize
-        self._pace = Pace(supervisor.dispatcher.max_workers, chunksize, buffersize)
+        self._stops_at_error = not flow_options.return_exceptions
+        self._ordered = flow_options.ordered
+        self._is_lazy = flow_options.is_lazy
+        self._pace = Pace(supervisor.dispatcher.max_workers, flow_options.chunksize, flow_options.buffersize)
         self._has_begun = False  # a worker was there for it
         self._is_end_known = False
         self._waiting: deque[_Batch] = deque()
-        self._in_lanes = 0
+        self._in_lanes = 0  # batches
+        self._hungry = 0  # lanes that have none
         self._pulled = 0  # items that have left the source
         self._consumed = 0
         self._failed_at = math.inf  # the number of the first item that has failed, if that is to end it all
-        self._error: Exception | None = None  # why nothing can go on
+        self._error: BaseException | None = None  # why nothing can go on
         self._output: OrderedDict[int, Callable[[], Segment]] = OrderedDict()  # by the number of the first item
         self._next = 0  # the next number to be given out, if ordered
         self._event: anyio.Event | None = None
-        self._group: TaskGroup | None = None
+        self._tasks: Tasks | None = None
 
     @property
-    def is_open(self) -> bool:
-        """True within the block."""
-        return self._group is not None and self._error is None
+    def was_entered(self) -> bool:
+        """True within the block, and after it."""
+        return self._tasks is not None
 
     @property
     def total(self) -> int | None:
         """How many items there are in all, None while that is not known."""
         if self._source.is_ended:
-            return self._pulled + self._count_fed()
+            return self._pulled + self._source.held
         left = self._source.left
         return None if left is None else self._pulled + left
 
     async def __aenter__(self) -> Flow:
-        if self._group is not None:
+        if self._tasks is not None:
             raise RuntimeError("a stream can be entered only once; make a new one: pool.stream(...)")
         self._supervisor.dispatcher.add_owner(self)
-        self._group = group = anyio.create_task_group()
-        await group.__aenter__()
+        self._tasks = await self._waits.open_tasks()
         if isinstance(self._source, FedSource):
-            group.start_soon(self._feed, self._source)
-        group.start_soon(self._run_lane)
+            self._tasks.start(self._feed, self._source)
+        self._tasks.start(self._run_lane)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.fail(RuntimeError("the block of this stream was left"))
-        group: TaskGroup = self._group  # type: ignore[assignment]  # there is one
-        group.cancel_scope.cancel()
+        tasks: Tasks = self._tasks  # type: ignore[assignment]  # it was entered
         try:
-            await group.__aexit__(None, None, None)
+            await tasks.stop()
         finally:
             self._waiting.clear()
             self._output.clear()
-            self._supervisor.post(self._supervisor.dispatcher.remove_owner, self)
-            await self._source.close()
+            if self._supervisor.is_running:
+                self._supervisor.post(self._supervisor.dispatcher.remove_owner, self)
+            else:
+                self._supervisor.dispatcher.remove_owner(self)
+            self._source.close()
 
     # --- the caller's side ---
 
@@ -192,8 +195,11 @@ class Flow:
         """Wait for more results; None at the end.
 
         Raises:
-            Exception: what the source has raised, or why the pool can run nothing.
+            BaseException: what the source has raised, or why the pool can run nothing.
+
+        Cancellation: nothing is lost.
         """
+        await checkpoint()  # rebuilding a segment takes a while: others have their turns between two
         while True:
             if self._error is not None:
                 raise self._error
@@ -210,7 +216,7 @@ class Flow:
                 return None
             await self._changed()
 
-    def fail(self, error: Exception) -> Exception:
+    def fail(self, error: BaseException) -> BaseException:
         """End it all, unless that was done before, and return the error."""
         self._error = self._error or error
         self._wake()
@@ -219,16 +225,15 @@ class Flow:
     def consume(self) -> None:
         """Note that the caller has taken a result out."""
         self._consumed += 1
-        if self._event is not None and self._find_room() >= self._pace.choose_size(self._source.left):
-            self._wake()
+        if self._event is not None:
+            is_fed = isinstance(self._source, FedSource)
+            if self._room >= (1 if is_fed else self._pace.choose_size(self._source.left)):
+                self._wake()
 
     @property
     def _is_finished(self) -> bool:
-        is_dry = self._source.is_ended and not self._count_fed()
+        is_dry = self._source.is_ended and not self._source.held
         return (is_dry or self._failed_at < math.inf) and not self._waiting and not self._in_lanes
-
-    def _count_fed(self) -> int:
-        return len(self._source.rows) if isinstance(self._source, FedSource) else 0
 
     # --- lanes ---
 
@@ -241,7 +246,10 @@ class Flow:
                 finally:
                     self._in_lanes -= 1
                     self._wake()
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            await checkpoint_if_cancelled()
             self.fail(error)
 
     async def _next_batch(self) -> _Batch | None:
@@ -250,7 +258,11 @@ class Flow:
                 return self._pop_waiting()
             if self._is_finished:
                 break
-            await self._changed()
+            self._hungry += 1
+            try:
+                await self._changed()
+            finally:
+                self._hungry -= 1
         return None
 
     def _pop_waiting(self) -> _Batch:
@@ -265,7 +277,7 @@ class Flow:
     def _prepare(self) -> bool:
         """Take a batch from the source, if there is one and room for it, and pickle it: then it waits for a lane."""
         size = self._pace.choose_size(self._source.left)
-        if self._failed_at < math.inf or self._find_room() < (0 if self._count_fed() else size):
+        if self._failed_at < math.inf or (self._room < size and not self._source.held):  # what is held has its room
             return False
         started = time.perf_counter()
         columns = self._source.take(size)
@@ -281,12 +293,12 @@ class Flow:
             self._pace.note_pickled(batch.size, len(batch.body or b""), time.perf_counter() - started)
         return True
 
-    def _find_room(self) -> float:
-        """Return how many items may be taken from the source now."""
+    @property
+    def _room(self) -> float:
+        """How many items may be taken from the iterables now."""
         if not self._is_lazy:
             return math.inf
-        room = self._buffersize or max(4 * self._pace.lanes * self._pace.choose_size(None), _LEAST_ROOM)
-        return room - (self._pulled + self._count_fed() - self._consumed)
+        return self._pace.room - (self._pulled + self._source.held - self._consumed)
 
     def _pickle(self, batch: _Batch) -> Exception | None:
         """Pickle the items of a batch; return what is raised if one cannot be."""
@@ -296,28 +308,21 @@ class Flow:
             return error
         return None
 
-    def _begin(self) -> None:
-        """Start the other lanes: there is work for them."""
-        if not self._has_begun and self._group is not None:
-            self._has_begun = True
-            for _ in range(self._pace.lanes - 1):
-                self._group.start_soon(self._run_lane)
-
     async def _run_batch(self, batch: _Batch) -> None:
         if batch.body is None and (error := self._pickle(batch)) is not None:
             if batch.size > 1:
-                self._split(batch)
+                self._halve(batch)
             else:
                 arguments = tuple(column[0] for column in batch.columns)
                 self._blame(batch, _payload.explain(self._fn, arguments, {}, self._options.dumps, error) or error)
             await checkpoint()  # the next one may be no better
             return
-        supervisor, waits = self._supervisor, self._waits
+        supervisor = self._supervisor
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), self, is_admitted=self._has_begun)
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
         exchange = functools.partial(self._exchange, batch, lease.task_id)
-        outcome = await run_attempt(lease, exchange, self._fn, options, supervisor, waits, batch.size)
+        outcome = await run_attempt(lease, exchange, self._fn, options, supervisor, self._waits, batch.size)
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
         if isinstance(outcome, Death):
@@ -325,65 +330,47 @@ class Flow:
         elif isinstance(outcome, Interruption):
             self._see_interruption(batch, outcome, lease)
         elif outcome.kind is Kind.RESULT:
-            self._give_rest_back(batch, batch.done)
+            self._give_back(batch.cut(batch.done))
         elif batch.done == 0 and batch.size > 1:
-            self._split(batch)  # they could not be unpickled; which one, they show one by one
+            self._halve(batch)  # they could not be unpickled
         else:
             self._blame(batch, decode_error(outcome.body, name_task(self._fn, self._options)))
 
     def _exchange(self, batch: _Batch, task_id: int, worker: Worker) -> Awaitable[Frame]:
-        self._begin()
-        limit = int(min(batch.size, worker.tasks_left))
+        if not self._has_begun and self._tasks is not None:
+            self._has_begun = True
+            for _ in range(self._pace.lanes - 1):
+                self._tasks.start(self._run_lane)  # there is work for them
+        batch.limit = int(min(batch.size, worker.tasks_left))
         is_timed = self._options.timeout is not None
-        head = BatchHead(batch.attempt, batch.first, limit, self._pace.budget, self._stops_at_error, is_timed)
+        head = BatchHead(batch.attempt, batch.first, batch.limit, self._pace.budget, self._stops_at_error, is_timed)
         request = encode_batch(task_id, head, self._label, self._function, batch.body or b"")
-        take = functools.partial(self._take, batch)
-        return worker.exchange_batch(task_id, request, limit, self._waits, self._look_ahead, take)
+        return worker.exchange_batch(task_id, request, batch.limit, self._waits, _Delivery(self, batch))
 
-    def _look_ahead(self) -> None:
-        """Prepare the next batch while this one runs."""
+    def look_ahead(self) -> None:
+        """Prepare the next batch while others run."""
         if len(self._waiting) < self._pace.lanes and self._prepare():
             self._wake()
 
-    def _take(self, batch: _Batch, body: memoryview | bytes) -> int:
+    def take(self, batch: _Batch, body: memoryview | bytes) -> None:
         """Put results of a batch into the output, except those that are there."""
         results = Results(body)
         known = batch.done - results.first
         if 0 <= known < results.count:  # below: they are from the journal, and what was sent before has yet to be read
             first = batch.first + batch.done
-            self._output[first] = functools.partial(self._open, first, results, known)
+            self._output[first] = functools.partial(rebuild, first, results, known, self._fn, self._options)
+            self._pace.note_bytes(results.count, len(body))
             if results.first_error is not None and self._stops_at_error:
                 self._note_failure(batch.first + results.first + results.first_error)
             batch.done = results.first + results.count
             self._wake()
         if results.seconds:
             batch.seconds = results.seconds
-        return batch.done
 
-    def _open(self, first: int, results: Results, known: int) -> Segment:
-        """Rebuild results, but for the first `known` ones."""
-        column = results.column
-        if results.are_numbers:
-            return Segment(first, column[known:] if known else column, [])
-        values: list[Any] = []
-        failures: list[int] = []
-        data, loads = results.data, _payload.loads_result
-        start = max(column[known - 1], ~column[known - 1]) if known else 0
-        for end in column[known:]:
-            stop = end if end >= 0 else ~end
-            pickled, start = data[start:stop], stop
-            error: Exception
-            try:
-                if end >= 0:
-                    values.append(loads(pickled))
-                    continue
-                error = decode_error(pickled, name_task(self._fn, self._options))
-            except _payload.RebuildFailed as failed:
-                error = make_rebuild_error(pickled, failed.__cause__, self._fn, self._options)
-                error.__cause__ = failed.__cause__
-            failures.append(len(values))
-            values.append(_with_note(error, first + len(values)))
-        return Segment(first, values, failures)
+    def wants_rest_of(self, batch: _Batch) -> bool:
+        """Return True if a batch has taken its time, and others could do something with what is left of it."""
+        is_late = time.monotonic() > batch.sent_at + self._pace.budget
+        return is_late and (self._hungry > 0 or self._supervisor.dispatcher.has_queue)
 
     # --- batches that end early ---
 
@@ -394,17 +381,19 @@ class Flow:
         if lease.verdict not in (None, Verdict.TIMED_OUT) or (lease.verdict is None and is_closing):
             raise make_stop_error(death, lease, self._fn, self._options, self._supervisor.name)
         if death.last_task_id != lease.task_id:
-            self._waiting.appendleft(batch)  # it was not picked up
+            self._give_back(batch)  # it was not picked up
             return
         if death.journal is not None:
-            self._take(batch, death.journal)
-        if not death.has_begun and batch.size > 1:
-            self._split(batch)
+            self.take(batch, death.journal)
+        if batch.runs_none:
+            self._give_back(batch.cut(batch.done))
+        elif not death.has_begun and batch.size > 1:
+            self._halve(batch)
         elif lease.verdict is not None and lease.condemned_item in (None, batch.done):
             self._blame(batch, make_stop_error(death, lease, self._fn, self._options, self._supervisor.name))
         elif batch.attempt <= self._options.retries:
-            self._give_rest_back(batch, batch.done + 1)
-            self._waiting.appendleft(batch.cut(batch.done, batch.done + 1, batch.attempt + 1))
+            self._give_back(batch.cut(batch.done + 1))
+            self._give_back(batch.cut(batch.done, batch.done + 1, batch.attempt + 1))
         else:
             self._blame(batch, make_death_error(death, self._fn, self._options))
 
@@ -412,27 +401,32 @@ class Flow:
         error = make_stop_error(interruption, lease, self._fn, self._options, self._supervisor.name)
         if lease.verdict is not Verdict.TIMED_OUT:
             raise error
-        if lease.condemned_item is None and batch.size > 1:
-            self._split(batch)
+        if batch.runs_none:
+            self._give_back(batch.cut(batch.done))
+        elif lease.condemned_item is None and batch.size > 1:
+            self._halve(batch)
         else:
             self._blame(batch, error)
 
-    def _split(self, batch: _Batch) -> None:
-        self._waiting.extendleft(batch.cut(at, at + 1) for at in reversed(range(batch.size)))
+    def _halve(self, batch: _Batch) -> None:
+        middle = batch.size // 2
+        self._give_back(batch.cut(middle))
+        self._give_back(batch.cut(0, middle))
 
-    def _give_rest_back(self, batch: _Batch, start: int) -> None:
-        if start < batch.size and batch.first + start < self._failed_at:
-            self._waiting.appendleft(batch.cut(start))
+    def _give_back(self, batch: _Batch) -> None:
+        """Let a batch wait as the first, unless it is empty, or comes after a failure that ends it all."""
+        if batch.size and batch.first < self._failed_at:
+            self._waiting.appendleft(batch)
 
     def _blame(self, batch: _Batch, error: Exception) -> None:
         """Let the item fail that ran, and give the rest back."""
         number = batch.first + batch.done
-        self._output[number] = lambda: Segment(number, [_with_note(error, number)], [0])
+        self._output[number] = functools.partial(make_failure, number, error)
         if self._stops_at_error:
             self._note_failure(number)
-        self._give_rest_back(batch, batch.done + 1)
+        self._give_back(batch.cut(batch.done + 1))
 
-    def _note_failure(self, number: float) -> None:
+    def _note_failure(self, number: int) -> None:
         if number < self._failed_at:
             self._failed_at = number
             self._waiting = deque(each for each in self._waiting if each.first < number)
@@ -440,11 +434,11 @@ class Flow:
     # --- asynchronous sources ---
 
     async def _feed(self, source: FedSource) -> None:
-        """Await the source's items, as far as there is room."""
+        """Await the source's items, as far as there is room; and close it here, where it was iterated over."""
         try:
             rested = time.monotonic()
             while not source.is_ended and self._failed_at == math.inf:
-                if self._find_room() < 1:
+                if self._room < 1:
                     await self._changed()
                 elif await source.next_row():
                     self._wake()
@@ -453,10 +447,16 @@ class Flow:
                 if time.monotonic() - rested > _LONGEST_FEED:
                     await checkpoint()
                     rested = time.monotonic()
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            await checkpoint_if_cancelled()  # then it is none of the source's
             source.error = error
             source.is_ended = True
-        self._wake()
+        finally:
+            self._wake()
+            with anyio.move_on_after(_LONGEST_CLOSE, shield=True):
+                await source.aclose()
 
     # --- waking ---
 
@@ -471,6 +471,19 @@ class Flow:
             event.set()
 
 
-def _with_note(error: Exception, number: int) -> Exception:
-    error.add_note(f"This was item {number}, counted from 0.")
-    return error
+class _Delivery(NamedTuple):
+    """What a worker's answers to one batch go through."""
+
+    flow: Flow
+    batch: _Batch
+
+    def on_sent(self) -> None:
+        self.batch.sent_at = time.monotonic()
+        self.flow.look_ahead()
+
+    def take(self, body: memoryview | bytes) -> int:
+        self.flow.take(self.batch, body)
+        return self.batch.done
+
+    def is_late(self) -> bool:
+        return self.flow.wants_rest_of(self.batch)

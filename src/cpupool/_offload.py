@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -54,7 +55,9 @@ def offload(
     changes: dict[str, Any] = {"timeout": timeout, "queue_timeout": queue_timeout, "retries": retries, "label": label}
     CallOptions().changed(**changes)  # checks them
 
-    def decorate(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    def decorate(fn: Callable[P, T] | None = None) -> Callable[P, Coroutine[Any, Any, T]]:
+        if fn is None:
+            raise TypeError("write @offload() with parentheses: here it got a function, and no pool")
         check_function(fn)
 
         @functools.wraps(fn)
@@ -62,11 +65,48 @@ def offload(
             if in_worker():
                 return fn(*args, **kwargs)
             found = default_pool() if pool is None else pool() if callable(pool) else pool
-            return found.options(**changes).run(offloaded, *args, **kwargs)
+            return found.options(**changes).run(sent, *args, **kwargs)
 
+        qualname = getattr(fn, "__qualname__", "")
+        is_method = "." in qualname and "<locals>" not in qualname
+        sent: Callable[..., Any] = _Method(fn.__module__, qualname) if is_method else offloaded
+        _mark_as_coroutine_function(offloaded)
         return offloaded
 
     return decorate
+
+
+class _Method:
+    """What stands for a function in a class on its way, where pickle would look for it in the wrong way.
+
+    A class method is another object each time it is looked up, and a name that begins with two underscores is mangled.
+    """
+
+    def __init__(self, module: str, qualname: str) -> None:
+        self.__module__ = module
+        self.__qualname__ = qualname
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Method, (self.__module__, self.__qualname__)
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        *path, name = self.__qualname__.split(".")
+        if name.startswith("__") and not name.endswith("__"):
+            name = f"_{path[-1].lstrip('_')}{name}"
+        owner: Any = functools.reduce(getattr, path, importlib.import_module(self.__module__))
+        found = inspect.getattr_static(owner, name)
+        fn: Callable[..., Any] = getattr(found, "__func__", found)  # of a class method, or a static one
+        return fn(*args, **kwargs)
+
+
+def _mark_as_coroutine_function(fn: Callable[..., object]) -> None:
+    """Let frameworks know that its result is to be awaited."""
+    if hasattr(inspect, "markcoroutinefunction"):  # Python 3.12
+        inspect.markcoroutinefunction(fn)
+    elif not in_worker():
+        import asyncio.coroutines
+
+        fn._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
 
 
 def _takes_nothing(fn: Callable[..., object]) -> bool:

@@ -6,6 +6,8 @@ import math
 
 BUDGET = 0.05  # seconds after which a worker begins no further item of a batch, and gives back the rest
 _TARGET = 0.03  # seconds that a batch should take
+_LEAST_ROOM = 64  # items on their way in a stream without `buffersize`
+_MOST_BUFFERED = 32 * 1024 * 1024  # of their bytes, as items or as results
 _LEAST_SECONDS = 0.002  # for which it is worth while to keep a batch together at the end
 _GROWTH = 16  # times as many items as in the last batch, at most: the next ones may take longer
 _MOST_BYTES = 128 * 1024  # of pickled items; more do not fit into the buffer of a socket
@@ -28,6 +30,8 @@ class Pace:
         self._item_seconds = math.inf
         self._last = 0
         self._most_pickled = math.inf
+        self._buffersize = buffersize
+        self._item_bytes = 1.0
 
     @property
     def budget(self) -> float:
@@ -54,3 +58,16 @@ class Pace:
     def note_pickled(self, items: int, size: int, seconds: float) -> None:
         """Note how many bytes some items became, and how long that took."""
         self._most_pickled = items * min(_MOST_BYTES / size, _LONGEST_PICKLING / max(seconds, 1e-9))
+        self.note_bytes(items, size)
+
+    def note_bytes(self, items: int, size: int) -> None:
+        """Note how many bytes some items, or their results, take on their way."""
+        self._item_bytes = max(size / items, self._item_bytes / 2)
+
+    @property
+    def room(self) -> int:
+        """How many items of a stream may be on their way, or wait as results."""
+        if self._buffersize is not None:
+            return self._buffersize
+        wanted = max(4 * self.lanes * self.choose_size(None), _LEAST_ROOM)
+        return int(max(min(wanted, _MOST_BUFFERED / self._item_bytes), 2 * self.lanes))

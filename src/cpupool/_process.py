@@ -206,11 +206,17 @@ class WorkerProcess:
         self._write_cell(_status.CONDEMNED_ITEM, item)
         self._write_cell(_status.CONDEMNED, task_id)
 
+    def cut(self, task_id: int) -> None:
+        """Let that batch end after the item that runs, which feels nothing."""
+        if not self._is_forgotten:
+            self._write_cell(_status.CUT, task_id)
+            self.send_interrupt()
+
     def _write_cell(self, index: int, value: int) -> None:
         os.pwrite(self._status, value.to_bytes(_status.CELL_SIZE, sys.byteorder), index * _status.CELL_SIZE)
 
     def send_interrupt(self) -> None:
-        """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs."""
+        """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs; see also `cut`."""
         if self._is_forgotten:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -5,12 +5,12 @@ A source gives columns: one list (or slice) for each iterable, all of the same l
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import itertools
 import time
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 _LONGEST_PULL = 0.005  # seconds for which a slow iterator may keep the event loop, as far as that depends on us
@@ -26,11 +26,16 @@ class Source(Protocol):
         error: what an iterator has raised instead of giving its next item.
     """
 
-    error: Exception | None
+    error: BaseException | None
 
     @property
     def is_ended(self) -> bool:
-        """True when there are no more than are here."""
+        """True when there are no more than are held."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """How many items have been taken from the iterables, and not from here."""
         ...
 
     @property
@@ -42,8 +47,8 @@ class Source(Protocol):
         """Take so many items, or as many as there are now; None if there are none."""
         ...
 
-    async def close(self) -> None:
-        """Close the generators among the iterators."""
+    def close(self) -> None:
+        """Close the generators among the iterators, but for those of a `FedSource`."""
         ...
 
 
@@ -65,10 +70,12 @@ def open_source(iterables: tuple[Any, ...]) -> Source:
 class SliceSource:
     """Cuts slices from sequences: the fastest way, and a slice of a range stays one when it travels."""
 
+    held = 0
+
     def __init__(self, sequences: tuple[Sequence[Any], ...]) -> None:
         self._sequences = sequences
         self._position = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def left(self) -> int:
@@ -83,12 +90,14 @@ class SliceSource:
         start, self._position = self._position, self._position + size
         return tuple(each[start : start + size] for each in self._sequences) if size else None
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """There is nothing to close."""
 
 
 class IteratorSource:
     """Takes items from iterators, in the caller's own task."""
+
+    held = 0
 
     def __init__(self, iterables: tuple[Iterable[Any], ...]) -> None:
         self._length = _known_length(iterables)
@@ -96,7 +105,7 @@ class IteratorSource:
         self._rows = self._iterators[0] if len(iterables) == 1 else zip(*self._iterators, strict=False)
         self._taken = 0
         self.is_ended = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def left(self) -> int | None:
@@ -111,7 +120,7 @@ class IteratorSource:
             try:
                 rows.extend(itertools.islice(self._rows, wanted - len(rows)))
                 self.is_ended = len(rows) < wanted
-            except Exception as error:
+            except BaseException as error:  # it goes to the one who gave the iterator, whatever it is
                 self.error = error
                 self.is_ended = True
             if time.monotonic() > deadline:
@@ -120,56 +129,63 @@ class IteratorSource:
         self._taken += len(rows)
         return _to_columns(rows, len(self._iterators))
 
-    async def close(self) -> None:
-        for each in self._iterators:
-            if isinstance(each, types.GeneratorType):
-                each.close()
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:  # all of them, whatever one may raise
+            for each in reversed(self._iterators):
+                if isinstance(each, types.GeneratorType):
+                    stack.callback(each.close)
 
 
 class FedSource:
-    """Holds the items that a task of its own has awaited (`next_row`), until they are taken.
-
-    Attributes:
-        rows: these items.
-    """
+    """Holds the items that a task of its own has awaited (`next_row`), until they are taken; other things stay open."""
 
     def __init__(self, iterables: tuple[Any, ...]) -> None:
         self._length = _known_length(iterables)
-        self._iterators: list[Iterator[Any] | AsyncIterator[Any]] = [
-            aiter(each) if hasattr(each, "__aiter__") else iter(each) for each in iterables
+        self._are_async = [hasattr(each, "__aiter__") for each in iterables]
+        self._iterators: list[Any] = [
+            aiter(each) if is_async else iter(each) for each, is_async in zip(iterables, self._are_async, strict=True)
         ]
-        self.rows: deque[Any] = deque()
+        self._rows: deque[Any] = deque()
         self._fed = 0
         self.is_ended = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def held(self) -> int:
+        return len(self._rows)
 
     @property
     def left(self) -> int | None:
-        return None if self._length is None else max(self._length - self._fed, 0) + len(self.rows)
+        return None if self._length is None else max(self._length - self._fed, 0) + len(self._rows)
 
     async def next_row(self) -> bool:
         """Wait for one more; returns False at the end."""
         row = []
         try:
-            for each in self._iterators:
-                item = await anext(each) if isinstance(each, AsyncIterator) else next(each)
+            for each, is_async in zip(self._iterators, self._are_async, strict=True):
+                item = await anext(each) if is_async else next(each)
                 row.append(item)
         except (StopIteration, StopAsyncIteration):
             return False
-        self.rows.append(row[0] if len(row) == 1 else tuple(row))
+        self._rows.append(row[0] if len(row) == 1 else tuple(row))
         self._fed += 1
         return True
 
     def take(self, size: int) -> Columns | None:
-        rows = [self.rows.popleft() for _ in range(min(size, len(self.rows)))]
+        rows = [self._rows.popleft() for _ in range(min(size, len(self._rows)))]
         return _to_columns(rows, len(self._iterators))
 
-    async def close(self) -> None:
-        for each in self._iterators:
-            if isinstance(each, types.GeneratorType):
-                each.close()
-            elif inspect.isawaitable(closing := getattr(each, "aclose", lambda: None)()):
-                await closing
+    def close(self) -> None:
+        """There is nothing left to close: `aclose` does it."""
+
+    async def aclose(self) -> None:
+        """Close all generators, in the task that has iterated over them, whatever one of them may raise."""
+        async with contextlib.AsyncExitStack() as stack:
+            for each in reversed(self._iterators):
+                if isinstance(each, types.GeneratorType):
+                    stack.callback(each.close)
+                elif isinstance(each, types.AsyncGeneratorType):
+                    stack.push_async_callback(each.aclose)
 
 
 def _to_columns(rows: list[Any], width: int) -> Columns | None:
@@ -179,6 +195,7 @@ def _to_columns(rows: list[Any], width: int) -> Columns | None:
 
 
 def _known_length(iterables: tuple[Any, ...]) -> int | None:
-    lengths = [len(each) if isinstance(each, Sized) else None for each in iterables]
-    known = [each for each in lengths if each is not None]
-    return min(known) if len(known) == len(lengths) else None
+    try:
+        return min(len(each) for each in iterables)
+    except Exception:  # without a length, or with one that does not want to be asked
+        return None

@@ -8,7 +8,8 @@ has condemned, and then sends the interrupt signal.
 
 A batch is one task with many items.  For it the worker also writes how many results it has sent, and how many it holds
 in its journal (see `_journal`), behind the page; together that is the number of the item that runs.  If items have a
-time limit, it writes when that one began.  The pool writes which item it has condemned.
+time limit, it writes when that one began.  The pool writes which item it has condemned, and which batch is to end after
+the item that runs.
 
 Behind that `faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels it.
 
@@ -24,7 +25,7 @@ STATUS_PAGE_SIZE = mmap.PAGESIZE
 
 # The cells, each a native unsigned 64-bit number.  The first five hold task ids.
 PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
-CONDEMNED_ITEM, SENT, HELD, COLUMN, VOID, SINCE = range(7, 13)  # of a batch; SINCE in monotonic nanoseconds
+CONDEMNED_ITEM, SENT, HELD, COLUMN, VOID, SINCE, CUT = range(7, 14)  # of a batch; SINCE in monotonic nanoseconds
 CELL_SIZE = 8
 EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until the items are there; in SINCE
 

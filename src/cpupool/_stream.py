@@ -7,8 +7,10 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import anyio
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
@@ -35,7 +37,7 @@ class Segments(Protocol):
     """What gives them: a `Flow`."""
 
     @property
-    def is_open(self) -> bool: ...
+    def was_entered(self) -> bool: ...
 
     @property
     def total(self) -> int | None: ...
@@ -44,7 +46,7 @@ class Segments(Protocol):
 
     def consume(self) -> None: ...
 
-    def fail(self, error: Exception) -> Exception: ...
+    def fail(self, error: BaseException) -> BaseException: ...
 
     async def __aenter__(self) -> object: ...
 
@@ -62,6 +64,7 @@ class Stream(Generic[T]):
         self._return_exceptions = return_exceptions
         self._values: list[Any] = []  # the segment in hand, the next one last
         self._failures: set[int] = set()  # how many are left in it before each that failed
+        self._is_fetching = False
 
     async def __aenter__(self) -> Self:
         await self._flow.__aenter__()
@@ -74,7 +77,7 @@ class Stream(Generic[T]):
         await self._flow.__aexit__(kind, error, traceback)
 
     def __aiter__(self) -> Self:
-        if not self._flow.is_open:
+        if not self._flow.was_entered:
             raise TypeError("a stream is a context manager: 'async with pool.stream(fn, items) as results:'")
         return self
 
@@ -87,12 +90,7 @@ class Stream(Generic[T]):
                 source has raised; or why the pool can run nothing.
         """
         while not self._values:
-            segment = await self._flow.next_segment()
-            if segment is None:
-                raise StopAsyncIteration
-            self._values = segment.values
-            self._values.reverse()
-            self._failures = set() if self._return_exceptions else {len(self._values) - at for at in segment.failures}
+            await self._fetch()
         has_failed = len(self._values) in self._failures
         value = self._values.pop()
         self._flow.consume()
@@ -102,24 +100,34 @@ class Stream(Generic[T]):
         result: T = value
         return result
 
+    async def _fetch(self) -> None:
+        if self._is_fetching:
+            raise RuntimeError("another task waits for the next result of this stream; let one task hand them out")
+        self._is_fetching = True
+        try:
+            segment = await self._flow.next_segment()
+        finally:
+            self._is_fetching = False
+        if segment is None:
+            raise StopAsyncIteration
+        self._values = segment.values
+        self._values.reverse()
+        self._failures = set() if self._return_exceptions else {len(self._values) - at for at in segment.failures}
+
 
 async def map_items(
     flow: Segments, *, return_exceptions: bool, on_progress: Callable[[int, int | None], object] | None
 ) -> list[Any]:
     """Return all results of a flow, in order."""
-    progress = None if on_progress is None else _Progress(on_progress)
+    progress = _Progress(on_progress)
     parts: list[tuple[int, list[Any]]] = []
-    done = 0
     async with flow:
-        while (segment := await flow.next_segment()) is not None:
+        while (segment := await progress.watch(flow.next_segment)) is not None:
             if segment.failures and not return_exceptions:
                 raise segment.values[segment.failures[0]]
             parts.append((segment.first, segment.values))
-            done += len(segment.values)
-            if progress is not None:
-                progress.report(done, flow.total)
-        if progress is not None:
-            progress.report(done, done, is_last=True)
+            progress.note(len(segment.values), flow.total)
+        progress.end()
     parts.sort(key=lambda part: part[0])
     results: list[Any] = []
     for _, values in parts:
@@ -128,18 +136,35 @@ async def map_items(
 
 
 class _Progress:
-    """Calls `on_progress`, but not too often."""
+    """Calls `on_progress`, but not too often, and not much too late."""
 
-    def __init__(self, on_progress: Callable[[int, int | None], object]) -> None:
-        if not callable(on_progress) or inspect.iscoroutinefunction(on_progress):
+    def __init__(self, on_progress: Callable[[int, int | None], object] | None) -> None:
+        if on_progress is not None and (not callable(on_progress) or inspect.iscoroutinefunction(on_progress)):
             raise TypeError(f"on_progress must be a function made with 'def', or None, not {on_progress!r}")
         self._on_progress = on_progress
+        self._done: tuple[int, int | None] = (0, None)
         self._said: tuple[int, int | None] | None = None
         self._next = -math.inf
 
-    def report(self, done: int, total: int | None, *, is_last: bool = False) -> None:
-        now = time.monotonic()
-        if (now >= self._next or is_last) and self._said != (done, total):
-            self._next = now + _REPORT_INTERVAL
-            self._said = done, total
-            self._on_progress(done, total)
+    async def watch(self, next_segment: Callable[[], Awaitable[Segment | None]]) -> Segment | None:
+        """Wait for the next segment; meanwhile say what there was no time to say before."""
+        if self._on_progress is not None and self._done[0] and self._said != self._done:
+            with anyio.move_on_after(self._next - time.monotonic()):
+                return await next_segment()
+            self._say()
+        return await next_segment()
+
+    def note(self, results: int, total: int | None) -> None:
+        self._done = self._done[0] + results, total
+        if time.monotonic() >= self._next:
+            self._say()
+
+    def end(self) -> None:
+        self._done = self._done[0], self._done[0]
+        self._say()
+
+    def _say(self) -> None:
+        if self._on_progress is not None and self._said != self._done:
+            self._next = time.monotonic() + _REPORT_INTERVAL
+            self._said = self._done
+            self._on_progress(*self._done)

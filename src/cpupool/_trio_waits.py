@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 from anyio import wait_readable, wait_writable
@@ -11,6 +11,7 @@ from ._waiting import Ticket
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable, Coroutine
     from contextlib import AbstractContextManager
 
 
@@ -34,8 +35,28 @@ class TrioWaits:
         event, _ = ticket.waiting
         await event.wait()
 
+    async def open_tasks(self) -> TrioTasks:
+        tasks = TrioTasks()
+        await tasks.open()
+        return tasks
+
     def shielded(self) -> AbstractContextManager[object]:
         return trio.CancelScope(shield=True)
+
+
+class TrioTasks:
+    """A nursery."""
+
+    async def open(self) -> None:
+        self._manager = trio.open_nursery()
+        self._nursery = await self._manager.__aenter__()
+
+    def start(self, function: Callable[..., Coroutine[Any, Any, object]], *args: object) -> None:
+        self._nursery.start_soon(function, *args)
+
+    async def stop(self) -> None:
+        self._nursery.cancel_scope.cancel()
+        await self._manager.__aexit__(None, None, None)
 
 
 def _wake(ticket: Ticket) -> bool:

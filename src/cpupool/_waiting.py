@@ -46,6 +46,22 @@ class Waits(Protocol):
         """Within it, the scopes around the task do not cancel a wait."""
         ...
 
+    async def open_tasks(self) -> Tasks:
+        """Open a place for tasks of one's own; it has to be left by `stop`."""
+        ...
+
+
+class Tasks(Protocol):
+    """Tasks that somebody has started, and stops."""
+
+    def start(self, function: Callable[..., Coroutine[Any, Any, object]], *args: object) -> None:
+        """Run `function(*args)` in a task; it must not raise, except when it is cancelled."""
+        ...
+
+    async def stop(self) -> None:
+        """Cancel all tasks, and wait until they have ended."""
+        ...
+
 
 class Ticket:
     """What one task or thread waits for and another thread settles: exactly once, or never if it was withdrawn.
@@ -138,6 +154,9 @@ class BlockingWaits:
 
     def shielded(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    async def open_tasks(self) -> Tasks:
+        raise NotImplementedError("a plain thread has no tasks")
 
 
 def _release(ticket: Ticket) -> bool:

@@ -18,14 +18,12 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
 from ._status import CRASH_HEADING, UNKNOWN_STATUS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._frames import Frame
     from ._process import WorkerProcess
     from ._waiting import Ticket, Waits
@@ -84,6 +82,26 @@ class Death:
     def crash_stack(self) -> str | None:
         """The stack at a crash, or None if it did not crash."""
         return self.stack if self.stack is not None and self.stack.startswith(CRASH_HEADING) else None
+
+
+class Lane(Protocol):
+    """Who sends batches, and takes their results."""
+
+    def on_sent(self) -> None:
+        """Do what can be done while the batch runs: it is sent."""
+        ...
+
+    def take(self, body: memoryview | bytes) -> int:
+        """Take some results, packed: from partial answers, from the answer, and, if nothing comes, from the journal.
+
+        Returns:
+            How many of the items are done.
+        """
+        ...
+
+    def is_late(self) -> bool:
+        """Return True if the batch has taken its time, and others could run the items that have not begun."""
+        ...
 
 
 class Worker:
@@ -190,8 +208,7 @@ class Worker:
         batch: bytes,
         size: int,
         waits: Waits,
-        on_sent: Callable[[], object],
-        take: Callable[[memoryview | bytes], int],
+        lane: Lane,
     ) -> Frame:
         """Send a batch, a whole frame, and wait for its answer.
 
@@ -200,9 +217,7 @@ class Worker:
             batch: the frame.
             size: how many items it has.
             waits: as for `exchange`.
-            on_sent: called when it is sent.
-            take: called with each body of results: from partial answers, from the answer, and, if nothing has come for
-                a while, from the journal; returns how many of the items are done.
+            lane: who has sent it.
 
         Raises:
             WorkerGone: the connection ended first.
@@ -216,28 +231,35 @@ class Worker:
         try:
             while not self.send_rest():
                 await waits.writable(channel)
-            on_sent()
-            patience: float | None = FIRST_LOOK
+            lane.on_sent()
+            done = 0
+            patience = FIRST_LOOK if size > 1 else None
             while True:
                 await waits.readable(channel, patience)
                 frame = self.next_frame()
                 while frame is not None and frame.kind is Kind.PARTIAL:
+                    done = lane.take(frame.body)
                     patience = FIRST_LOOK
-                    take(frame.body)
                     frame = self.next_frame()
                 if frame is not None:
                     break
-                held = None if patience is None else self.process.read_journal(task_id)
-                if held is not None and take(held) == size - 1:
+                if done >= size - 1:
                     patience = None  # the last one runs
                 elif patience is not None:
+                    if (held := self.process.read_journal(task_id)) is not None:
+                        done = lane.take(held)
+                    if lane.is_late():
+                        self.process.cut(task_id)
                     patience = min(2 * patience, LONGEST_LOOK)
         except (ConnectionError, ProtocolError) as error:
             raise WorkerGone from error
         if frame.task_id != task_id:
             raise WorkerGone
         if frame.kind is Kind.RESULT:
-            self.tasks_left += size - take(frame.body)
+            done = lane.take(frame.body)
+        elif frame.kind is Kind.INTERRUPTED:
+            done = min(done + 1, size)
+        self.tasks_left += size - done
         self.in_call = False
         return frame
 

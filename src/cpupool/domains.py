@@ -47,7 +47,7 @@ def is_boundary(character: str) -> bool:
 
 def split_for_domains(text: str, max_chars: int) -> Iterator[str]:
     """Split a text so that the domains of its pieces are the domains of the whole; see `cpupool.split_text`."""
-    return split_text(text, max_chars, is_boundary)
+    return split_text(text, max_chars, _NOT_IN_A_DOMAIN)
 
 
 async def extract_domains(pool: CpuPool | CpuPoolView, text: str) -> list[str]:
@@ -100,13 +100,16 @@ class Extraction:
         self.unreadable.update(other.unreadable)
 
 
-def find_files(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
+def find_files(paths: Iterable[str | os.PathLike[str]], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
     """Yield the path and size in bytes of each regular file below `paths`, in a fixed order.
 
     Symbolic links inside folders are not followed, and what is neither file nor folder is passed over there; a path
     that is given is taken at its word.  What cannot be read is added to `unreadable`.
     """
-    for given in paths:
+    if isinstance(paths, str | bytes | os.PathLike):
+        raise TypeError(f"paths must be several; for one write [{paths!r}]")
+    for each in paths:
+        given = os.fspath(each)
         # Such a name may mean another file in another process.
         path = os.path.realpath(given) if given.startswith(("/dev/", "/proc/")) else given
         try:
@@ -178,7 +181,9 @@ def extract(ranges: list[FileRange]) -> Extraction:
 
 
 async def extract_domains_from_paths(
-    pool: CpuPool | CpuPoolView, paths: Iterable[str], on_progress: Callable[[int], object] | None = None
+    pool: CpuPool | CpuPoolView,
+    paths: Iterable[str | os.PathLike[str]],
+    on_progress: Callable[[int], object] | None = None,
 ) -> Extraction:
     """Count the domain names in files and folders, on all workers of a pool.
 

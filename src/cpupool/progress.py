@@ -1,7 +1,6 @@
 """Progress bars for `pool.map(..., on_progress=...)`, by rich or by tqdm, whichever is installed and liked.
 
-with cpupool.progress.rich_bar("resizing") as on_progress:
-await pool.map(resize, paths, on_progress=on_progress)
+Use them as `with progress.rich_bar("resizing") as on_progress: await pool.map(fn, items, on_progress=on_progress)`.
 """
 
 from __future__ import annotations
