@@ -226,7 +226,7 @@ class FrozenError(Exception):
 
 class NoNotes(Exception):
     def add_note(self, note: str) -> None:
-        raise RuntimeError("no notes")
+        raise RuntimeError(f"no {note}")
 
 
 def raise_frozen(item: int) -> None:

@@ -18,7 +18,17 @@ from cpupool._frames import HEADER_SIZE, BatchHead, FrameDecoder, Kind, encode_b
 from cpupool._interrupts import Interrupts
 from cpupool._journal import COLUMN_LENGTH, DATA_SIZE, JOURNAL_SIZE, Results, open_journal, read_journal
 from cpupool._payload import dumps
-from cpupool._status import CELL_SIZE, CONDEMNED, CONDEMNED_ITEM, CUT, HELD, SENT, STATUS_PAGE_SIZE
+from cpupool._status import (
+    BEFORE_FIRST,
+    CELL_SIZE,
+    CONDEMNED,
+    CONDEMNED_ITEM,
+    CUT,
+    HELD,
+    NOT_BEGUN,
+    SENT,
+    STATUS_PAGE_SIZE,
+)
 
 
 class Both:
@@ -231,16 +241,27 @@ def test_a_batch_that_was_condemned_before_it_began_runs_nothing(both: Both) -> 
 def test_a_batch_that_is_cut_ends_after_the_item_that_runs(both: Both) -> None:
     page = both.journal.page
     interrupts = Interrupts(page)
-    interrupts.arm(9)
-    page[CUT] = 8
-    interrupts.raise_if_condemned()
-    assert not interrupts.is_late
-    page[CUT] = 9
-    interrupts.raise_if_condemned()
-    assert interrupts.is_late
+    seen = []
+    for armed, cut in ((9, 8), (9, 9), (10, 9)):
+        interrupts.arm(armed)
+        page[CUT] = cut
+        interrupts.raise_if_condemned()
+        seen.append(interrupts.is_late)
+    assert seen == [False, True, False]
     assert not interrupts.hit
-    interrupts.arm(10)
-    assert not interrupts.is_late
+
+
+def test_what_is_condemned_before_the_first_item_spares_all_items(both: Both) -> None:
+    page = both.journal.page
+    interrupts = Interrupts(page)
+    interrupts.arm(9)
+    page[CONDEMNED_ITEM], page[CONDEMNED] = BEFORE_FIRST, 9
+    both.journal.begin()
+    interrupts.raise_if_condemned()
+    page[SENT] = NOT_BEGUN
+    with pytest.raises(TaskInterrupted):
+        interrupts.raise_if_condemned()
+    page[CONDEMNED] = 0
 
 
 def test_only_the_item_that_was_condemned_feels_it(both: Both) -> None:

@@ -555,7 +555,7 @@ async def test_two_tasks_cannot_wait_for_the_same_stream() -> None:
     async with CpuPool(1) as pool, pool.stream(items.work, [0.1] * 3) as results, anyio.create_task_group() as group:
         got: list[Any] = []
         group.start_soon(take_into, got, results)
-        await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
         with pytest.raises(RuntimeError, match="another task"):
             await anext(results)
         group.cancel_scope.cancel()

@@ -9,7 +9,19 @@ import faulthandler
 import signal
 
 from ._errors import TaskInterrupted
-from ._status import CONDEMNED, CONDEMNED_ITEM, CUT, EVERY_ITEM, HELD, INTERRUPT_SIGNAL, INTERRUPTED, SENT, STARTED
+from ._status import (
+    BEFORE_FIRST,
+    CONDEMNED,
+    CONDEMNED_ITEM,
+    CUT,
+    EVERY_ITEM,
+    HELD,
+    INTERRUPT_SIGNAL,
+    INTERRUPTED,
+    NOT_BEGUN,
+    SENT,
+    STARTED,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +75,8 @@ class Interrupts:
 
     def _is_condemned(self) -> bool:
         page = self.page
-        return page[CONDEMNED] == self.armed and page[CONDEMNED_ITEM] in (EVERY_ITEM, page[SENT] + page[HELD])
+        item = BEFORE_FIRST if page[SENT] == NOT_BEGUN else page[SENT] + page[HELD]
+        return page[CONDEMNED] == self.armed and page[CONDEMNED_ITEM] in (EVERY_ITEM, item)
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:

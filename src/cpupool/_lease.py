@@ -31,7 +31,7 @@ class Lease(Generic[W]):
         owner: the map or stream that has made it, or None.
         is_admitted: True if it need not be asked whether there is room in the queue: its owner has begun to run.
         item_timeout: seconds that each item of a batch may run, or None.
-        condemned_item: the number of the item that is interrupted, None for the whole task.
+        condemned_item: the number of the item that is interrupted, or `BEFORE_FIRST`; None for the whole task.
         item_started: when that item began, 0 without one.
         worker: what it holds, or None.
         ticket: what it waits on in the queue, None if it has not waited.

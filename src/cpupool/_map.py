@@ -38,6 +38,7 @@ from ._pace import Pace
 from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, open_source
+from ._status import BEFORE_FIRST
 from ._worker import Death
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Flow:
         self._next = 0  # the next number to be given out, if ordered
         self._event: anyio.Event | None = None
         self._tasks: Tasks | None = None
+        self._is_fed: bool | None = None  # by a task: True while it awaits an item; None without one
 
     @property
     def was_entered(self) -> bool:
@@ -171,6 +173,7 @@ class Flow:
         self._supervisor.dispatcher.add_owner(self)
         self._tasks = await self._waits.open_tasks()
         if isinstance(self._source, FedSource):
+            self._is_fed = False
             self._tasks.start(self._feed, self._source)
         self._tasks.start(self._run_lane)
         return self
@@ -178,6 +181,14 @@ class Flow:
     async def __aexit__(self, *_: object) -> None:
         self.fail(RuntimeError("the block of this stream was left"))
         tasks: Tasks = self._tasks  # type: ignore[assignment]  # it was entered
+        try:
+            with anyio.move_on_after(_LONGEST_CLOSE):
+                while self._is_fed is False:  # it closes its generators: not cancelled, they can await what they need
+                    await self._changed()
+        finally:
+            await self._stop(tasks)
+
+    async def _stop(self, tasks: Tasks) -> None:
         try:
             await tasks.stop()
         finally:
@@ -389,7 +400,7 @@ class Flow:
             self._give_back(batch.cut(batch.done))
         elif not death.has_begun and batch.size > 1:
             self._halve(batch)
-        elif lease.verdict is not None and lease.condemned_item in (None, batch.done):
+        elif lease.verdict is not None and lease.condemned_item in (BEFORE_FIRST, batch.done):
             self._blame(batch, make_stop_error(death, lease, self._fn, self._options, self._supervisor.name))
         elif batch.attempt <= self._options.retries:
             self._give_back(batch.cut(batch.done + 1))
@@ -403,7 +414,7 @@ class Flow:
             raise error
         if batch.runs_none:
             self._give_back(batch.cut(batch.done))
-        elif lease.condemned_item is None and batch.size > 1:
+        elif lease.condemned_item == BEFORE_FIRST and batch.size > 1:
             self._halve(batch)
         else:
             self._blame(batch, error)
@@ -437,13 +448,14 @@ class Flow:
         """Await the source's items, as far as there is room; and close it here, where it was iterated over."""
         try:
             rested = time.monotonic()
-            while not source.is_ended and self._failed_at == math.inf:
+            while not source.is_ended and self._failed_at == math.inf and self._error is None:
                 if self._room < 1:
                     await self._changed()
-                elif await source.next_row():
-                    self._wake()
-                else:
-                    source.is_ended = True
+                    continue
+                self._is_fed = True
+                source.is_ended = not await source.next_row()
+                self._is_fed = False
+                self._wake()
                 if time.monotonic() - rested > _LONGEST_FEED:
                     await checkpoint()
                     rested = time.monotonic()
@@ -454,9 +466,11 @@ class Flow:
             source.error = error
             source.is_ended = True
         finally:
-            self._wake()
-            with anyio.move_on_after(_LONGEST_CLOSE, shield=True):
+            try:
                 await source.aclose()
+            finally:
+                self._is_fed = None
+                self._wake()
 
     # --- waking ---
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ._frames import Kind, ProtocolError
 from ._lease import Verdict
-from ._status import EVERY_ITEM
+from ._status import BEFORE_FIRST, EVERY_ITEM
 from ._worker import State, WorkerGone
 
 if TYPE_CHECKING:
@@ -75,12 +75,14 @@ class Stopping:
                 self._remind(worker, reminder)
 
     def _has_time_left(self, lease: Lease[Worker], timeout: float, now: float) -> bool:
-        """Move the deadline of a batch if another item runs than the one it was made for; else note that item."""
+        """Look which item of a batch runs, and give it its own time if the deadline was made for another one.
+
+        If it has had its time, it is noted in the lease.
+        """
         worker = lease.worker
-        running = None if worker is None else worker.process.running_item(lease.task_id)
-        if running is None or lease.verdict not in (None, Verdict.TIMED_OUT):
+        if worker is None or lease.verdict not in (None, Verdict.TIMED_OUT):
             return False
-        item, since = running
+        item, since = worker.process.running_item(lease.task_id) or (BEFORE_FIRST, lease.started)
         if since == math.inf:  # its results are being sent; then the next item begins
             lease.deadline = now + timeout
         elif lease.verdict is None and since + timeout <= now:
