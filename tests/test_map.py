@@ -39,6 +39,19 @@ from cpupool import (
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.slow),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    """On all three, as everywhere; but there are many of these tests, and uvloop's turn comes with the slow ones."""
+    return request.param
+
+
 SIZES = [0, 1, 2, 3, 10, 1000, 40_000]
 
 
@@ -70,7 +83,7 @@ async def test_results_are_those_of_the_function_in_order() -> None:
                 assert sorted(await take_all(results)) == list(range(0, 2 * size, 2))
 
 
-@pytest.mark.parametrize("chunksize", [None, 1, 7, 100_000])
+@pytest.mark.parametrize("chunksize", [None, 7, 100_000])
 async def test_values_keep_their_types_whatever_their_neighbours_are(chunksize: int | None) -> None:
     async with CpuPool(2) as pool:
         for fn, count in ((items.by_kind, 2000), (items.count_down, 4000)):
@@ -365,6 +378,7 @@ async def test_each_item_has_its_own_time_and_the_worker_lives_on(chunksize: int
             assert each == number
 
 
+@pytest.mark.slow
 async def test_many_items_may_take_longer_together_than_one_may() -> None:
     async with CpuPool(1) as pool:
         got = await pool.options(timeout=0.3).map(items.work, [0.02] * 40, chunksize=40)
@@ -726,6 +740,7 @@ async def test_an_asynchronous_source_never_stalls_whatever_the_pace_does() -> N
                 assert len(await take_all(results)) == 10_000
 
 
+@pytest.mark.slow
 async def test_long_items_behind_many_tiny_ones_are_shared_out() -> None:
     """The worker that finds its items long is told to give back those that have not begun."""
     async with CpuPool(2) as pool:
@@ -736,6 +751,7 @@ async def test_long_items_behind_many_tiny_ones_are_shared_out() -> None:
     assert len(set(pids)) == 2
 
 
+@pytest.mark.slow
 async def test_a_call_does_not_wait_for_the_long_items_behind_many_tiny_ones() -> None:
     async with CpuPool(1) as pool, anyio.create_task_group() as group:
         group.start_soon(pool.map, items.work, [*[0.0] * 50_000, *[0.02] * 400])
@@ -872,6 +888,7 @@ async def test_a_full_pool_refuses_a_map_but_not_one_that_has_begun(tmp_path: Pa
         assert await pool.map(items.work, [0.02] * 40) == [0.02] * 40
 
 
+@pytest.mark.slow
 async def test_a_map_that_has_begun_is_never_refused_nor_refuses_others() -> None:
     """Its lanes wait again and again, behind others, and are no callers of their own."""
     async with CpuPool(1, max_pending=1, queue_timeout=0.3) as pool:
@@ -914,6 +931,7 @@ async def test_a_lambda_may_be_sent_by_cloudpickle() -> None:
         assert await pool.map(lambda item: item + 1, range(3)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 async def test_nothing_is_kept_of_items_and_results() -> None:
     async with CpuPool(1) as pool:
         for _ in range(3):
