@@ -248,6 +248,7 @@ def test_a_batch_that_is_cut_ends_after_the_item_that_runs(both: Both) -> None:
         interrupts.raise_if_condemned()
         seen.append(interrupts.is_late)
     assert seen == [False, True, False]
+    assert page[CUT] == 9, "the last one was not for it"
     assert not interrupts.hit
 
 

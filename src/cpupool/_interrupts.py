@@ -66,6 +66,7 @@ class Interrupts:
         Else it waits for the pool's next signal.
         """
         if self.armed and self.page[CUT] == self.armed:
+            self.page[CUT] = 0  # seen
             self.is_late = True
         if self.armed and self._is_condemned() and not _must_not_raise_in(frame):
             self.page[INTERRUPTED] = self.armed

@@ -212,6 +212,10 @@ class WorkerProcess:
             self._write_cell(_status.CUT, task_id)
             self.send_interrupt()
 
+    def has_seen_cut(self) -> bool:
+        """Return True if the worker knows of the last `cut`."""
+        return self._read_cell(_status.CUT) == 0
+
     def _write_cell(self, index: int, value: int) -> None:
         os.pwrite(self._status, value.to_bytes(_status.CELL_SIZE, sys.byteorder), index * _status.CELL_SIZE)
 

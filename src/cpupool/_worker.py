@@ -232,7 +232,7 @@ class Worker:
             while not self.send_rest():
                 await waits.writable(channel)
             lane.on_sent()
-            done = 0
+            done, is_cut = 0, False
             patience = FIRST_LOOK if size > 1 else None
             while True:
                 await waits.readable(channel, patience)
@@ -248,7 +248,8 @@ class Worker:
                 elif patience is not None:
                     if (held := self.process.read_journal(task_id)) is not None:
                         done = lane.take(held)
-                    if lane.is_late():
+                    if lane.is_late() and not (is_cut and self.process.has_seen_cut()):
+                        is_cut = True
                         self.process.cut(task_id)
                     patience = min(2 * patience, LONGEST_LOOK)
         except (ConnectionError, ProtocolError) as error:
