@@ -733,6 +733,28 @@ async def test_a_chunk_that_is_larger_than_the_buffer_is_cut(chunksize: int | No
                 assert await take_all(results) == list(range(50))
 
 
+async def test_large_results_leave_room_for_few() -> None:
+    """What waits for a slow consumer is bounded in bytes too; and a batch never needs more room than there is."""
+    taken = 0
+
+    def sizes() -> Iterator[int]:
+        nonlocal taken
+        for taken in range(60):
+            yield 5_000_000 + taken
+
+    async with CpuPool(2) as pool:
+        for ordered in (True, False):
+            async with pool.stream(bytes, sizes(), ordered=ordered) as results:
+                got = 0
+                async for value in results:
+                    got += 1
+                    assert len(value) >= 5_000_000
+                    assert got < 20 or taken - got <= 12  # 32 MB are 6; at first their size is not known
+            assert got == 60
+        async with pool.stream(bytes, sizes(), chunksize=20) as results:
+            assert len(await take_all(results)) == 60
+
+
 async def test_an_asynchronous_source_never_stalls_whatever_the_pace_does() -> None:
     async with CpuPool(2) as pool:
         for _ in range(3):

@@ -88,3 +88,19 @@ def test_a_chunksize_is_taken_at_its_word() -> None:
     assert pace.choose_size(3) == 7
     assert pace.budget == float("inf")
     assert Pace(2, 100, 10).choose_size(None) == 10, "more than the buffer has room for would never be taken"
+
+
+def test_the_room_of_a_stream_follows_from_the_bytes_of_its_items() -> None:
+    pace = Pace(2, None, None)
+    assert pace.room == 64
+    pace.note_bytes(10, 10 * 2**20)
+    assert pace.room == 32
+    pace.note_bytes(1, 2**30)
+    assert pace.room == 4
+    for _ in range(40):
+        pace.note_bytes(1000, 1000)
+    assert pace.room == 64
+    assert Pace(2, 100, None).room == 800
+    huge = Pace(2, 100, None)
+    huge.note_bytes(1, 2**30)
+    assert huge.room == 100, "or a chunk would never have room"

@@ -238,7 +238,7 @@ class Flow:
         self._consumed += 1
         if self._event is not None:
             is_fed = isinstance(self._source, FedSource)
-            if self._room >= (1 if is_fed else self._pace.choose_size(self._source.left)):
+            if self._room >= (1 if is_fed else self._choose_size()):
                 self._wake()
 
     @property
@@ -287,7 +287,7 @@ class Flow:
 
     def _prepare(self) -> bool:
         """Take a batch from the source, if there is one and room for it, and pickle it: then it waits for a lane."""
-        size = self._pace.choose_size(self._source.left)
+        size = self._choose_size()
         if self._failed_at < math.inf or (self._room < size and not self._source.held):  # what is held has its room
             return False
         started = time.perf_counter()
@@ -303,6 +303,10 @@ class Flow:
         if self._pickle(batch) is None:
             self._pace.note_pickled(batch.size, len(batch.body or b""), time.perf_counter() - started)
         return True
+
+    def _choose_size(self) -> int:
+        size = self._pace.choose_size(self._source.left)
+        return min(size, self._pace.room) if self._is_lazy else size
 
     @property
     def _room(self) -> float:

@@ -70,4 +70,4 @@ class Pace:
         if self._buffersize is not None:
             return self._buffersize
         wanted = max(4 * self.lanes * self.choose_size(None), _LEAST_ROOM)
-        return int(max(min(wanted, _MOST_BUFFERED / self._item_bytes), 2 * self.lanes))
+        return int(max(min(wanted, _MOST_BUFFERED / self._item_bytes), 2 * self.lanes, self._chunksize or 0))
