@@ -753,6 +753,8 @@ async def test_large_results_leave_room_for_few() -> None:
             assert got == 60
         async with pool.stream(bytes, sizes(), chunksize=20) as results:
             assert len(await take_all(results)) == 60
+        async with pool.stream(bytes, [400_000] * 1000) as results:  # as many as fill a batch are more than the room
+            assert len(await take_all(results)) == 1000
 
 
 async def test_an_asynchronous_source_never_stalls_whatever_the_pace_does() -> None:
