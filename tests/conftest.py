@@ -41,6 +41,23 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
     return request.param
 
 
+# Where the way of a call differs between event loops.  Elsewhere uvloop, which waits as asyncio does, comes with the
+# slow tests.
+EACH_LOOP_AT_ONCE = {"test_calls", "test_time", "test_adversity", "test_offload"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        is_on_uvloop = callspec is not None and callspec.params.get("anyio_backend") == (
+            "asyncio",
+            {"use_uvloop": True},
+        )
+        if is_on_uvloop and item.path.stem not in EACH_LOOP_AT_ONCE:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=[pytest.param(method, marks=IGNORE_FORK_WARNING) for method in START_METHODS])
 def start_method(request: pytest.FixtureRequest) -> str:
     method: str = request.param

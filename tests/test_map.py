@@ -39,19 +39,6 @@ from cpupool import (
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.slow),
-        pytest.param(("trio", {}), id="trio"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> object:
-    """On all three, as everywhere; but there are many of these tests, and uvloop's turn comes with the slow ones."""
-    return request.param
-
-
 SIZES = [0, 1, 2, 3, 10, 1000, 40_000]
 
 
