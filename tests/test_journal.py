@@ -189,7 +189,12 @@ def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[
     frames: list[bytes] = []
     body = encode_batch(5, head, b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
     interrupts = Interrupts(both.journal.page)
-    answer = _batches.run_batch(5, memoryview(body), interrupts, both.journal, dumps, frames.append)
+
+    def send(frame: bytes) -> None:
+        assert interrupts.armed == 0, "an interrupt would send half a frame"
+        frames.append(frame)
+
+    answer = _batches.run_batch(5, memoryview(body), interrupts, both.journal, dumps, send)
     set_current_task(None)
     frames.append(answer)
     decoder = FrameDecoder()
