@@ -147,6 +147,7 @@ heads = st.builds(
     st.integers(0, 2**63),
     st.integers(0, 2**63),
     st.floats(0, allow_infinity=True),
+    st.floats(0, allow_infinity=True),
     st.booleans(),
     st.booleans(),
 )
@@ -216,7 +217,7 @@ def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[
 def test_values_come_back_as_they_are_whatever_stands_beside_them(items: list[Any]) -> None:
     both = Both()
     try:
-        seen, found = run(both, items, BatchHead(1, 0, len(items), 60.0, False, False))
+        seen, found = run(both, items, BatchHead(1, 0, len(items), 60.0, 0.004, False, False))
     finally:
         both.close()
     assert seen[-1] is Kind.RESULT
@@ -230,8 +231,8 @@ def test_values_come_back_as_they_are_whatever_stands_beside_them(items: list[An
 
 
 def test_a_limit_and_the_first_error_end_a_batch(both: Both) -> None:
-    assert run(both, [1, 2, 3, 4], BatchHead(1, 0, 3, 60.0, True, False))[1] == [1, 2, 3]
-    found = run(both, ["a", ZeroDivisionError(), "c"], BatchHead(1, 0, 3, 60.0, True, True))[1]
+    assert run(both, [1, 2, 3, 4], BatchHead(1, 0, 3, 60.0, 0.004, True, False))[1] == [1, 2, 3]
+    found = run(both, ["a", ZeroDivisionError(), "c"], BatchHead(1, 0, 3, 60.0, 0.004, True, True))[1]
     assert (len(found), found[0]) == (2, "a")
 
 
@@ -239,7 +240,7 @@ def test_a_batch_that_was_condemned_before_it_began_runs_nothing(both: Both) -> 
     page = both.journal.page
     page[CONDEMNED_ITEM] = 2 ** (8 * CELL_SIZE) - 1
     page[CONDEMNED] = 5
-    assert run(both, [1, 2], BatchHead(1, 0, 2, 60.0, True, False)) == ([Kind.INTERRUPTED], [])
+    assert run(both, [1, 2], BatchHead(1, 0, 2, 60.0, 0.004, True, False)) == ([Kind.INTERRUPTED], [])
     page[CONDEMNED] = 0
 
 

@@ -1,8 +1,8 @@
 """What runs in a worker when one task has many items.
 
 Theory of operation: a batch brings a function and columns of items, one for each iterable of a `map`.  The items run
-one after another.  Their results are written into the journal (`_journal`) and sent from it when they are a few
-milliseconds old, so that tiny items share a frame, while nothing that is done can be lost.  The clock is looked at
+one after another.  Their results are written into the journal (`_journal`) and sent from it when they are as old as the
+head of the batch allows, so that many share a frame, while nothing that is done can be lost.  The clock is looked at
 between strides: runs of items, so many that a stride takes a fraction of that time; one, if they are long.
 
 It runs in the workers: stdlib and lower layers only.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ._interrupts import Interrupts
     from ._journal import Journal
 
-HOLD = 0.004  # seconds that results are held back, for others to travel with
 _STRIDE = 0.0005  # seconds that a stride should take
 
 
@@ -128,7 +127,7 @@ class _Run:
             self._run_stride(self._done + count)
             before, now = now, time.monotonic()
             stride = min(max(int(count * _STRIDE / max(now - before, 1e-9)), 1), 4 * count)
-            if now - self._sent_at >= HOLD or page[HELD] == COLUMN_LENGTH:
+            if now - self._sent_at >= head.hold or page[HELD] == COLUMN_LENGTH:
                 self.send_held()
                 now = time.monotonic()
 

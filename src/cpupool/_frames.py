@@ -77,6 +77,7 @@ class BatchHead(NamedTuple):
         first: the number of its first item in the whole map or stream.
         limit: how many of its items to run at most.
         budget: seconds after which no further item is begun.
+        hold: seconds that results are held back, for others to travel with.
         stops_at_error: True if an error ends the batch.
         is_timed: True if it must be known when each item began.
     """
@@ -85,12 +86,13 @@ class BatchHead(NamedTuple):
     first: int
     limit: int
     budget: float
+    hold: float
     stops_at_error: bool
     is_timed: bool
 
 
-# Attempt, first, limit, budget, the two flags; the lengths of label and pickled function.
-_BATCH = struct.Struct("<IQQd??IQ")
+# Attempt, first, limit, budget, hold, the two flags; the lengths of label and pickled function.
+_BATCH = struct.Struct("<IQQdd??IQ")
 
 
 def encode_batch(task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes) -> bytes:

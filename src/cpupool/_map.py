@@ -39,7 +39,7 @@ from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, open_source
 from ._status import BEFORE_FIRST
-from ._worker import Death
+from ._worker import FIRST_LOOK, LONGEST_LOOK, Death
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ._waiting import Tasks, Waits
     from ._worker import Worker
 
+_HOLD = 0.004  # seconds that results of a stream are held back; those of a map nobody takes before the end
 _LONGEST_FEED = 0.005  # seconds for which items are taken from a source that never lets other tasks run
 _LONGEST_CLOSE = 5.0  # seconds that an asynchronous generator has to end, once nobody wants its items
 
@@ -358,7 +359,10 @@ class Flow:
                 self._tasks.start(self._run_lane)  # there is work for them
         batch.limit = int(min(batch.size, worker.tasks_left))
         is_timed = self._options.timeout is not None
-        head = BatchHead(batch.attempt, batch.first, batch.limit, self._pace.budget, self._stops_at_error, is_timed)
+        hold = _HOLD if self._is_lazy else math.inf
+        head = BatchHead(
+            batch.attempt, batch.first, batch.limit, self._pace.budget, hold, self._stops_at_error, is_timed
+        )
         request = encode_batch(task_id, head, self._label, self._function, batch.body or b"")
         return worker.exchange_batch(task_id, request, batch.limit, self._waits, _Delivery(self, batch))
 
@@ -381,6 +385,11 @@ class Flow:
             self._wake()
         if results.seconds:
             batch.seconds = results.seconds
+
+    @property
+    def first_look(self) -> float:
+        """After how many seconds without an answer a lane looks how far its worker has come."""
+        return FIRST_LOOK if self._is_lazy else min(self._pace.budget, LONGEST_LOOK)
 
     def wants_rest_of(self, batch: _Batch) -> bool:
         """Return True if a batch has taken its time, and others could do something with what is left of it."""
@@ -494,6 +503,10 @@ class _Delivery(NamedTuple):
 
     flow: Flow
     batch: _Batch
+
+    @property
+    def first_look(self) -> float:
+        return self.flow.first_look
 
     def on_sent(self) -> None:
         self.batch.sent_at = time.monotonic()

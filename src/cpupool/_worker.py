@@ -87,6 +87,11 @@ class Death:
 class Lane(Protocol):
     """Who sends batches, and takes their results."""
 
+    @property
+    def first_look(self) -> float:
+        """After how many seconds without an answer the journal is looked at; then at growing intervals."""
+        ...
+
     def on_sent(self) -> None:
         """Do what can be done while the batch runs: it is sent."""
         ...
@@ -233,13 +238,13 @@ class Worker:
                 await waits.writable(channel)
             lane.on_sent()
             done, is_cut = 0, False
-            patience = FIRST_LOOK if size > 1 else None
+            patience = lane.first_look if size > 1 else None
             while True:
                 await waits.readable(channel, patience)
                 frame = self.next_frame()
                 while frame is not None and frame.kind is Kind.PARTIAL:
                     done = lane.take(frame.body)
-                    patience = FIRST_LOOK
+                    patience = lane.first_look
                     frame = self.next_frame()
                 if frame is not None:
                     break

@@ -32,7 +32,7 @@ _CUT = re.compile(rb"[^a-zA-Z0-9\-_.]")
 _LOOK_AHEAD = 64 * 1024
 
 RANGE_BYTES = 1024 * 1024
-PIECE_CHARS = 128 * 1024
+PIECE_CHARS = 512 * 1024
 
 
 def find_domains(text: str) -> list[str]:
