@@ -9,6 +9,7 @@ number of times.
 
 from __future__ import annotations
 
+import array
 import os
 import re
 import stat
@@ -93,11 +94,26 @@ class Extraction:
     bytes_read: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel as one string and one array: in half the time of so many strings."""
+        counts = array.array("Q", self.counts.values())
+        return _rebuild_extraction, (" ".join(self.counts), counts, self.bytes_read, self.unreadable)
+
     def add(self, other: Extraction) -> None:
         """Take in what was found elsewhere."""
-        self.counts.update(other.counts)
+        counts, known = self.counts, self.counts.get
+        for domain, count in other.counts.items():
+            counts[domain] = known(domain, 0) + count
         self.bytes_read += other.bytes_read
         self.unreadable.update(other.unreadable)
+
+
+def _rebuild_extraction(
+    names: str, counts: array.array[int], bytes_read: int, unreadable: dict[str, str]
+) -> Extraction:
+    found = Extraction(bytes_read=bytes_read, unreadable=unreadable)
+    dict.update(found.counts, zip(names.split(" "), counts, strict=True) if names else ())
+    return found
 
 
 def find_files(paths: Iterable[str | os.PathLike[str]], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
