@@ -159,7 +159,7 @@ def die(task):
     os._exit(9)
 
 if __name__ == "__main__":
-    domains.extract = die
+    domains._extract_packed = die
     sys.exit(__main__.main(["domains", {str(tree)!r}]))
 """
     script = tree.parent / "script.py"

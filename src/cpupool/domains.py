@@ -94,26 +94,11 @@ class Extraction:
     bytes_read: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Travel as one string and one array: in half the time of so many strings."""
-        counts = array.array("Q", self.counts.values())
-        return _rebuild_extraction, (" ".join(self.counts), counts, self.bytes_read, self.unreadable)
-
     def add(self, other: Extraction) -> None:
         """Take in what was found elsewhere."""
-        counts, known = self.counts, self.counts.get
-        for domain, count in other.counts.items():
-            counts[domain] = known(domain, 0) + count
+        self.counts.update(other.counts)
         self.bytes_read += other.bytes_read
         self.unreadable.update(other.unreadable)
-
-
-def _rebuild_extraction(
-    names: str, counts: array.array[int], bytes_read: int, unreadable: dict[str, str]
-) -> Extraction:
-    found = Extraction(bytes_read=bytes_read, unreadable=unreadable)
-    dict.update(found.counts, zip(names.split(" "), counts, strict=True) if names else ())
-    return found
 
 
 def find_files(paths: Iterable[str | os.PathLike[str]], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
@@ -237,11 +222,11 @@ async def extract_domains_from_files(
             running.append(task)
             yield task
 
-    async with pool.stream(extract, tasks(), return_exceptions=True) as results:
+    async with pool.stream(_extract_packed, tasks(), return_exceptions=True) as results:
         async for result in results:
             task = running.popleft()
-            if isinstance(result, Extraction):
-                found.add(result)
+            if not isinstance(result, Exception):
+                _add_packed(found, *result)
             elif isinstance(result, WorkerDied):
                 found.unreadable.update({each.path: str(result).splitlines()[0] for each in task})
             else:
@@ -249,6 +234,25 @@ async def extract_domains_from_files(
             done += sum(each.stop - each.start for each in task)
             if on_progress is not None:
                 on_progress(done)
+
+
+def _extract_packed(ranges: list[FileRange]) -> tuple[str, array.array[int], int, dict[str, str]]:
+    """Do as `extract`, and return all domains in one string and their counts in one array.
+
+    They travel, and are added, in a third of the time that so many strings and numbers take.
+    """
+    found = extract(ranges)
+    return " ".join(found.counts), array.array("Q", found.counts.values()), found.bytes_read, found.unreadable
+
+
+def _add_packed(
+    found: Extraction, names: str, counts: array.array[int], bytes_read: int, unreadable: dict[str, str]
+) -> None:
+    total, known = found.counts, found.counts.get
+    for domain, count in zip(names.split(), counts, strict=True):
+        total[domain] = known(domain, 0) + count
+    found.bytes_read += bytes_read
+    found.unreadable.update(unreadable)
 
 
 def _reason(error: OSError) -> str:
