@@ -27,7 +27,10 @@ napoleon_custom_sections = ["Cancellation"]
 # No intersphinx, so that the build needs no network: what the standard library and anyio define is named here.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.+", r"(anyio|asyncio|collections\.abc|concurrent\.futures|multiprocessing|os|pathlib|pickle|re|typing)(\..+)?"),
+    (
+        r"py:.+",
+        r"(anyio|asyncio|collections\.abc|concurrent\.futures|multiprocessing|os|pathlib|pickle|re|typing)(\..+)?",
+    ),
     (r"py:class", r"BaseContext|Future|Path|Self"),  # imported for annotations only, so that autodoc sees the bare name
     (r"py:class", r"collections\.Counter|dict\[str"),  # dataclass defaults, which autodoc takes apart
     (r"py:class", r"(cpupool\._\w+\.)?[PRST](\.args|\.kwargs)?"),  # type variables

@@ -11,11 +11,10 @@ lock and waits for nothing: the supervisor does the rest behind the caller's bac
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _payload
 from ._errors import QueueTimeout, decode_error, describe_callable
@@ -37,6 +36,14 @@ if TYPE_CHECKING:
 _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
+class Errand(Protocol):
+    """What a worker can be sent."""
+
+    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:
+        """Send it to a worker, and wait for the answer; see `Worker.exchange`."""
+        ...
+
+
 class Call:
     """A function and its arguments: checked and pickled once, however often it is tried."""
 
@@ -56,8 +63,7 @@ class Call:
         attempt = 1
         lease: Lease[Worker] = Lease(supervisor.next_task_id())
         while True:
-            exchange = functools.partial(self._exchange, lease.task_id, attempt, waits)
-            outcome = await run_attempt(lease, exchange, self._fn, self._options, supervisor, waits)
+            outcome = await run_attempt(lease, self, attempt, self._fn, self._options, supervisor, waits)
             if not isinstance(outcome, Death):
                 return self._value(outcome, lease, supervisor)
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
@@ -71,7 +77,8 @@ class Call:
             attempt += has_run
             lease.begin(supervisor.next_task_id())
 
-    def _exchange(self, task_id: int, attempt: int, waits: Waits, worker: Worker) -> Awaitable[Frame]:
+    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:
+        """Send it to a worker, and wait for the answer."""
         return worker.exchange(task_id, encode_call(task_id, attempt, self._label, self._body), waits)
 
     def _value(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Any:
@@ -85,7 +92,8 @@ class Call:
 
 async def run_attempt(
     lease: Lease[Worker],
-    exchange: Callable[[Worker], Awaitable[Frame]],
+    errand: Errand,
+    attempt: int,
     fn: Callable[..., object],
     options: CallOptions,
     supervisor: Supervisor,
@@ -96,7 +104,8 @@ async def run_attempt(
 
     Args:
         lease: a new one, or one that has begun anew.
-        exchange: sends it to the worker that is given, and waits for the answer.
+        errand: what is sent.
+        attempt: the number of this attempt, from 1.
         fn: what the call runs.
         options: those of the call.
         supervisor: the pool's.
@@ -120,7 +129,7 @@ async def run_attempt(
         if worker.tasks_left <= tasks:
             supervisor.post(dispatcher.replace, worker)
         try:
-            reply = await exchange(worker)
+            reply = await errand.exchange(worker, lease.task_id, attempt, waits)
         except WorkerGone:
             return await _learn_death(lease, supervisor, waits)
         outcome = reply if lease.verdict is None else read_interruption(reply, worker)

@@ -58,7 +58,8 @@ class Interrupts:
         self.is_late = False
         self.armed = task_id
         self.page[STARTED] = task_id
-        self.raise_if_condemned()
+        if self.page[CONDEMNED] == task_id:
+            self.raise_if_condemned()
 
     def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:
         """Handle the signal: raise in the task that is armed, if it is the one, and where it can be raised.
@@ -76,8 +77,10 @@ class Interrupts:
 
     def _is_condemned(self) -> bool:
         page = self.page
+        if page[CONDEMNED] != self.armed:
+            return False
         item = BEFORE_FIRST if page[SENT] == NOT_BEGUN else page[SENT] + page[HELD]
-        return page[CONDEMNED] == self.armed and page[CONDEMNED_ITEM] in (EVERY_ITEM, item)
+        return page[CONDEMNED_ITEM] in (EVERY_ITEM, item)
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:

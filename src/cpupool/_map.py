@@ -337,8 +337,10 @@ class Flow:
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), self, is_admitted=self._has_begun)
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
-        exchange = functools.partial(self._exchange, batch, lease.task_id)
-        outcome = await run_attempt(lease, exchange, self._fn, options, supervisor, self._waits, batch.size)
+        errand = _Delivery(self, batch)
+        outcome = await run_attempt(
+            lease, errand, batch.attempt, self._fn, options, supervisor, self._waits, batch.size
+        )
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
         if isinstance(outcome, Death):
@@ -352,7 +354,8 @@ class Flow:
         else:
             self._blame(batch, decode_error(outcome.body, name_task(self._fn, self._options)))
 
-    def _exchange(self, batch: _Batch, task_id: int, worker: Worker) -> Awaitable[Frame]:
+    def encode(self, batch: _Batch, task_id: int, worker: Worker) -> bytes:
+        """Return the frame of a batch for a worker, which is there now."""
         if not self._has_begun and self._tasks is not None:
             self._has_begun = True
             for _ in range(self._pace.lanes - 1):
@@ -363,8 +366,7 @@ class Flow:
         head = BatchHead(
             batch.attempt, batch.first, batch.limit, self._pace.budget, hold, self._stops_at_error, is_timed
         )
-        request = encode_batch(task_id, head, self._label, self._function, batch.body or b"")
-        return worker.exchange_batch(task_id, request, batch.limit, self._waits, _Delivery(self, batch))
+        return encode_batch(task_id, head, self._label, self._function, batch.body or b"")
 
     def look_ahead(self) -> None:
         """Prepare the next batch while others run."""
@@ -499,10 +501,14 @@ class Flow:
 
 
 class _Delivery(NamedTuple):
-    """What a worker's answers to one batch go through."""
+    """One batch on its way to a worker, and what comes back."""
 
     flow: Flow
     batch: _Batch
+
+    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:  # noqa: ARG002
+        frame = self.flow.encode(self.batch, task_id, worker)
+        return worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
 
     @property
     def first_look(self) -> float:
