@@ -377,6 +377,23 @@ async def test_b3_a_call_cancelled_while_it_is_sent_does_not_run_and_keeps_its_w
     assert not path.exists()
 
 
+async def test_interrupts_that_a_stopped_worker_could_not_take_come_as_one(tmp_path: Path) -> None:
+    """Were each kept, their handlers would begin on top of each other when it goes on, and fill the signal stack."""
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1, grace=60) as pool:
+        pid = await pool.run(tasks.get_pid)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.run, tasks.hold_and_return_much, *gate.arguments, 100)
+            await anyio.to_thread.run_sync(gate.wait_until_begun)
+            os.kill(pid, signal.SIGSTOP)
+            (worker,) = pool._supervisor._crew.workers
+            for _ in range(100):
+                worker.process.send_interrupt()
+            os.kill(pid, signal.SIGCONT)
+            await anyio.to_thread.run_sync(gate.open, abandon_on_cancel=True)
+        assert await pool.run(tasks.get_pid) == pid
+
+
 async def test_b3_an_answer_in_many_pieces_that_nobody_waits_for_is_thrown_away(tmp_path: Path) -> None:
     """It is cancelled after the first pieces: what is left of them must not become part of the next answer."""
     gate = tasks.Gate(tmp_path)

@@ -33,9 +33,10 @@ EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until
 # What STAGE holds: how far a worker has come.
 STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)
 
-# Of the real-time signals, one that no C library reserves.  SIGUSR1 and SIGUSR2 stay the users': `faulthandler` is
-# often registered for one of them, and that would take the interrupt away.
-INTERRUPT_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+# Who does not expect it ignores it, no C library uses it, and many of them are one: real-time signals queue up, and when
+# a process that was stopped goes on, their handlers are all begun at once, one on top of the other, until faulthandler's
+# small stack is full (SIGSEGV).  Go preempts with it for the same reasons.  SIGUSR1 and SIGUSR2 stay the users'.
+INTERRUPT_SIGNAL = signal.SIGURG
 
 # Signals that end a process and that others send; the rest are crashes.
 SENT_BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)

@@ -250,7 +250,7 @@ class Worker:
                     break
                 if done >= size - 1:
                     patience = None  # the last one runs
-                elif patience is not None:
+                elif patience is not None and self._decoder.incoming_task_id is None:  # else one is arriving
                     if (held := self.process.read_journal(task_id)) is not None:
                         done = lane.take(held)
                     if lane.is_late() and not (is_cut and self.process.has_seen_cut()):
