@@ -189,7 +189,7 @@ def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[
     """Run a batch; return the kinds of frames and all results, by their numbers."""
     frames: list[bytes] = []
     body = encode_batch(5, head, b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
-    interrupts = Interrupts(both.journal.page)
+    interrupts = Interrupts(both.journal.page, -1)
 
     def send(frame: bytes) -> None:
         assert interrupts.armed == 0, "an interrupt would send half a frame"
@@ -246,7 +246,7 @@ def test_a_batch_that_was_condemned_before_it_began_runs_nothing(both: Both) -> 
 
 def test_a_batch_that_is_cut_ends_after_the_item_that_runs(both: Both) -> None:
     page = both.journal.page
-    interrupts = Interrupts(page)
+    interrupts = Interrupts(page, -1)
     seen = []
     for armed, cut in ((9, 8), (9, 9), (10, 9)):
         interrupts.arm(armed)
@@ -260,7 +260,7 @@ def test_a_batch_that_is_cut_ends_after_the_item_that_runs(both: Both) -> None:
 
 def test_what_is_condemned_before_the_first_item_spares_all_items(both: Both) -> None:
     page = both.journal.page
-    interrupts = Interrupts(page)
+    interrupts = Interrupts(page, -1)
     interrupts.arm(9)
     page[CONDEMNED_ITEM], page[CONDEMNED] = BEFORE_FIRST, 9
     both.journal.begin()
@@ -273,7 +273,7 @@ def test_what_is_condemned_before_the_first_item_spares_all_items(both: Both) ->
 
 def test_only_the_item_that_was_condemned_feels_it(both: Both) -> None:
     page = both.journal.page
-    interrupts = Interrupts(page)
+    interrupts = Interrupts(page, -1)
     both.journal.begin()
     interrupts.arm(9)
     page[SENT], page[HELD] = 3, 4

@@ -420,8 +420,11 @@ async def test_b5_an_item_that_ends_in_the_moment_of_its_timeout_has_one_outcome
         pids = set(await pool.map(items.pid_of, range(50), chunksize=1))
         lengths = [seconds + (number % 100 - 50) * 0.00002 if number % 2 else 0.0 for number in range(2000)]
         got = await pool.options(timeout=seconds).map(items.work, lengths, return_exceptions=True, chunksize=20)
+        assert {type(each) for each in got} == {float, TaskTimeout}, got
         assert set(await pool.map(items.pid_of, range(50), chunksize=1)) <= pids
-    assert all(each == 0.0 for each in got[::2])
+    stalled = [each for each in got[::2] if each != 0.0]  # the machine may not run a worker for so long
+    assert len(stalled) < 20
+    assert all(isinstance(each, TaskTimeout) and each.ran >= seconds for each in stalled)
     late = [each for each in got[1::2] if isinstance(each, TaskTimeout)]
     assert 20 < len(late) < 980
     assert all(isinstance(each, TaskTimeout) or each == length for each, length in zip(got, lengths, strict=True))

@@ -1,12 +1,12 @@
 """One call on its way: checked, pickled, run by a worker, and turned back into a value or an error.
 
-`Call.complete` repeats `attempt` until one has an outcome.  An attempt takes a lease on a worker from the dispatcher,
-exchanges frames with the worker in the caller's own task or thread (`Worker.exchange`) and gives it back.  The lanes of
-a map make attempts too (`_map`), each with a batch.
+`Call.complete` repeats `run_attempt` until one has an outcome.  An attempt takes a lease on a worker from the
+dispatcher, exchanges frames with the worker in the caller's own task or thread (`Worker.exchange`) and gives it back.
+The lanes of a map make attempts too (`_map`), each with a batch.
 
 Rules: the lease knows at any moment whether there is a worker to give back.  Giving up a call for whatever reason
-(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `attempt`; it takes no
-lock and waits for nothing: the supervisor does the rest behind the caller's back.
+(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `run_attempt`; it takes
+no lock and waits for nothing: the supervisor does the rest behind the caller's back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 class Errand(Protocol):
     """What a worker can be sent."""
 
-    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:
+    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer; see `Worker.exchange`."""
         ...
 
@@ -47,39 +47,39 @@ class Errand(Protocol):
 class Call:
     """A function and its arguments: checked and pickled once, however often it is tried."""
 
-    __slots__ = ("_body", "_fn", "_label", "_options")
+    __slots__ = ("_attempt", "_body", "_fn", "_label", "_options")
 
     def __init__(
         self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
     ) -> None:
-        check_function(fn)
+        check_function(fn, "run")
         self._fn = fn
         self._options = options
         self._label = encode_label(options)
         self._body = _payload.dumps_call(fn, args, kwargs, options.dumps)
+        self._attempt = 1
 
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
         """Have a worker run it, and return its value or raise its error."""
-        attempt = 1
         lease: Lease[Worker] = Lease(supervisor.next_task_id())
         while True:
-            outcome = await run_attempt(lease, self, attempt, self._fn, self._options, supervisor, waits)
+            outcome = await run_attempt(lease, self, self._fn, self._options, supervisor, waits)
             if not isinstance(outcome, Death):
                 return self._value(outcome, lease, supervisor)
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
             is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
-            if is_stopped or (has_run and attempt > self._options.retries):
+            if is_stopped or (has_run and self._attempt > self._options.retries):
                 supervisor.dispatcher.forget_bereaved(lease)
                 supervisor.notify()
                 if is_stopped:
                     raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
                 raise make_death_error(outcome, self._fn, self._options)
-            attempt += has_run
+            self._attempt += has_run
             lease.begin(supervisor.next_task_id())
 
-    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:
+    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
-        return worker.exchange(task_id, encode_call(task_id, attempt, self._label, self._body), waits)
+        return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, self._body), waits)
 
     def _value(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Any:
         """Return the value in an answer, or raise the error in it."""
@@ -93,7 +93,6 @@ class Call:
 async def run_attempt(
     lease: Lease[Worker],
     errand: Errand,
-    attempt: int,
     fn: Callable[..., object],
     options: CallOptions,
     supervisor: Supervisor,
@@ -105,7 +104,6 @@ async def run_attempt(
     Args:
         lease: a new one, or one that has begun anew.
         errand: what is sent.
-        attempt: the number of this attempt, from 1.
         fn: what the call runs.
         options: those of the call.
         supervisor: the pool's.
@@ -129,7 +127,7 @@ async def run_attempt(
         if worker.tasks_left <= tasks:
             supervisor.post(dispatcher.replace, worker)
         try:
-            reply = await errand.exchange(worker, lease.task_id, attempt, waits)
+            reply = await errand.exchange(worker, lease.task_id, waits)
         except WorkerGone:
             return await _learn_death(lease, supervisor, waits)
         outcome = reply if lease.verdict is None else read_interruption(reply, worker)
@@ -189,19 +187,21 @@ def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
         supervisor.notify()  # it may have been the last one that the pool waits for
 
 
-def check_function(fn: object) -> None:
-    """Raise unless `fn` can be called and returns a value, not something to await."""
+def check_function(fn: object, method: str) -> None:
+    """Raise unless `fn`, given to that method of a pool, can be called and returns a value, not something to await."""
     code = getattr(fn, "__code__", None)
     if code is not None and not code.co_flags & _ASYNC_CODE:
         return
     if inspect.iscoroutine(fn):
         fn.close()  # or Python would warn that it was never awaited
         raise TypeError(
-            f"pool.run() takes a function and its arguments, not the coroutine {fn.__qualname__}(...). A worker runs "
-            f"plain functions: write 'def' instead of 'async def', and pool.run({fn.__name__}, ...)."
+            f"pool.{method}() takes a function and its arguments, not the coroutine {fn.__qualname__}(...). A worker "
+            f"runs plain functions: write 'def' instead of 'async def', and pool.{method}({fn.__name__}, ...)."
         )
     if not callable(fn):
-        raise TypeError(f"pool.run() takes a function and its arguments, not {fn!r}; write pool.run(fn, 1), not fn(1)")
+        raise TypeError(
+            f"pool.{method}() takes a function and its arguments, not {fn!r}; write pool.{method}(fn, 1), not fn(1)"
+        )
     call = type(fn).__call__ if not inspect.isroutine(fn) else fn
     if any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in (fn, call)):
         raise TypeError(

@@ -134,7 +134,7 @@ class PoolCalls:
         from ._map import Flow, FlowOptions  # here: it loads anyio, which most callers of a pool never need
         from ._stream import map_items
 
-        flow_options = FlowOptions(return_exceptions, chunksize)
+        flow_options = FlowOptions(return_exceptions=return_exceptions, chunksize=chunksize)
         flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
         return await map_items(flow, return_exceptions=return_exceptions, on_progress=on_progress)
 
@@ -197,7 +197,13 @@ class PoolCalls:
         from ._map import Flow, FlowOptions
         from ._stream import Stream
 
-        flow_options = FlowOptions(return_exceptions, chunksize, True, buffersize, ordered)
+        flow_options = FlowOptions(
+            return_exceptions=return_exceptions,
+            chunksize=chunksize,
+            is_lazy=True,
+            buffersize=buffersize,
+            ordered=ordered,
+        )
         flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
         return Stream(flow, return_exceptions=return_exceptions)
 

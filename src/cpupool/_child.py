@@ -142,7 +142,7 @@ def main(setup: Setup | PickledSetup) -> None:
     _settling.close_listening_sockets()
     journal = _settling.open_status_file(setup.status)
     page = journal.page
-    interrupts = Interrupts(page)
+    interrupts = Interrupts(page, setup.status)
     os.register_at_fork(after_in_child=lambda: _become_no_worker(channel, interrupts))
     await_interrupts(interrupts, setup.status)
     for stream in (sys.stdout, sys.stderr):

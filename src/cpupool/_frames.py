@@ -98,7 +98,7 @@ _BATCH = struct.Struct("<IQQdd??IQ")
 def encode_batch(task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes) -> bytes:
     """Return the bytes of a BATCH frame: its head, the label, the pickled function and the pickled items."""
     body = _BATCH.pack(*head, len(label), len(function)) + label + function + items
-    return _HEADER.pack(Kind.BATCH, task_id, len(body)) + body
+    return encode_frame(Kind.BATCH, task_id, body)
 
 
 def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryview]:

@@ -5,7 +5,9 @@ It runs in the workers: stdlib and layer 0 only.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import os
 import signal
 
 from ._errors import TaskInterrupted
@@ -20,6 +22,8 @@ from ._status import (
     INTERRUPTED,
     NOT_BEGUN,
     SENT,
+    STACK_HEADING,
+    STACK_SIGNAL,
     STARTED,
 )
 
@@ -27,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
+_MAX_FRAMES = 100  # of a stack that is written down
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name of its frames
 
 
@@ -42,12 +47,15 @@ class Interrupts:
         armed: the id of the task that may be interrupted now, 0 for none.  A task is interrupted once at most.
         hit: True if the task that was armed last has been interrupted.
         is_late: True if it is a batch that is to end after the item that runs.
+        page: the cells of the status page.
     """
 
-    __slots__ = ("armed", "hit", "is_late", "page")
+    __slots__ = ("_stacks", "armed", "hit", "is_late", "page")
 
-    def __init__(self, page: memoryview) -> None:
+    def __init__(self, page: memoryview, stacks: int) -> None:
+        """Args: stacks are appended to the file `stacks`."""
         self.page = page
+        self._stacks = stacks
         self.armed = 0
         self.hit = False
         self.is_late = False
@@ -58,8 +66,7 @@ class Interrupts:
         self.is_late = False
         self.armed = task_id
         self.page[STARTED] = task_id
-        if self.page[CONDEMNED] == task_id:
-            self.raise_if_condemned()
+        self.raise_if_condemned()
 
     def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:
         """Handle the signal: raise in the task that is armed, if it is the one, and where it can be raised.
@@ -73,6 +80,7 @@ class Interrupts:
             self.page[INTERRUPTED] = self.armed
             self.armed = 0
             self.hit = True
+            self._write_stack(frame)
             raise TaskInterrupted
 
     def _is_condemned(self) -> bool:
@@ -81,6 +89,16 @@ class Interrupts:
             return False
         item = BEFORE_FIRST if page[SENT] == NOT_BEGUN else page[SENT] + page[HELD]
         return page[CONDEMNED_ITEM] in (EVERY_ITEM, item)
+
+    def _write_stack(self, frame: FrameType | None) -> None:
+        """Write down where the task is, as `faulthandler` would."""
+        lines = [STACK_HEADING]
+        while frame is not None and len(lines) <= _MAX_FRAMES:
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+            frame = frame.f_back
+        text = "\n".join((*lines, ""))
+        with contextlib.suppress(OSError):  # the task may have set itself a limit
+            os.write(self._stacks, text.encode("utf-8", "backslashreplace"))
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:
@@ -97,7 +115,11 @@ def _must_not_raise_in(frame: FrameType | None) -> bool:
     return False
 
 
-def await_interrupts(interrupts: Interrupts, status: int) -> None:
-    """Handle the interrupt signal: first `faulthandler` writes the stack, then Python runs the handler."""
+def await_interrupts(interrupts: Interrupts, stacks: int) -> None:
+    """Handle the signals.
+
+    `faulthandler` answers at once, whatever the task does, also where Python's own handler has to wait.  But it may
+    come when a frame is only half made, and crash; so it is asked only if nothing has been heard for a while.
+    """
     signal.signal(INTERRUPT_SIGNAL, interrupts.raise_if_condemned)
-    faulthandler.register(INTERRUPT_SIGNAL, status, all_threads=False, chain=True)
+    faulthandler.register(STACK_SIGNAL, stacks, all_threads=False)

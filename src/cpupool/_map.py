@@ -128,7 +128,7 @@ class Flow:
         for name in ("chunksize", "buffersize"):
             if (size := getattr(flow_options, name)) is not None:
                 check_count(name, size, at_least=1)
-        check_function(fn)
+        check_function(fn, "stream" if flow_options.is_lazy else "map")
         self._function = _payload.dumps_function(fn, options.dumps)
         self._source = open_source(iterables)
         self._supervisor = supervisor
@@ -338,9 +338,7 @@ class Flow:
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
         errand = _Delivery(self, batch)
-        outcome = await run_attempt(
-            lease, errand, batch.attempt, self._fn, options, supervisor, self._waits, batch.size
-        )
+        outcome = await run_attempt(lease, errand, self._fn, options, supervisor, self._waits, batch.size)
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
         if isinstance(outcome, Death):
@@ -506,7 +504,7 @@ class _Delivery(NamedTuple):
     flow: Flow
     batch: _Batch
 
-    def exchange(self, worker: Worker, task_id: int, attempt: int, waits: Waits) -> Awaitable[Frame]:  # noqa: ARG002
+    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         frame = self.flow.encode(self.batch, task_id, worker)
         return worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
 

@@ -58,7 +58,7 @@ def offload(
     def decorate(fn: Callable[P, T] | None = None) -> Callable[P, Coroutine[Any, Any, T]]:
         if fn is None:
             raise TypeError("write @offload() with parentheses: here it got a function, and no pool")
-        check_function(fn)
+        check_function(fn, "run")
 
         @functools.wraps(fn)
         def offloaded(*args: P.args, **kwargs: P.kwargs) -> Any:

@@ -52,16 +52,19 @@ def load_value(pickled: memoryview | bytes, fn: Callable[..., object], options: 
     try:
         return _payload.loads_result(pickled)
     except _payload.RebuildFailed as failed:
-        raise make_rebuild_error(pickled, failed.__cause__, fn, options) from failed.__cause__
+        raise make_rebuild_error(pickled, failed, fn, options)  # noqa: B904  # it has its cause
 
 
 def make_rebuild_error(
-    pickled: memoryview | bytes, error: BaseException | None, fn: Callable[..., object], options: CallOptions
+    pickled: memoryview | bytes, failed: _payload.RebuildFailed, fn: Callable[..., object], options: CallOptions
 ) -> ResultNotPicklable:
     """Say why what a task has returned cannot be rebuilt."""
-    reason = f"it was pickled in the worker but cannot be rebuilt here: {type(error).__name__}: {error}"
+    cause = failed.__cause__
+    reason = f"it was pickled in the worker but cannot be rebuilt here: {type(cause).__name__}: {cause}"
     result_type = _payload.first_type(pickled) or "a value"
-    return ResultNotPicklable(name_task(fn, options), result_type, reason)
+    error = ResultNotPicklable(name_task(fn, options), result_type, reason)
+    error.__cause__ = cause
+    return error
 
 
 def make_stop_error(

@@ -221,16 +221,23 @@ class WorkerProcess:
 
     def send_interrupt(self) -> None:
         """Send the signal: `TaskInterrupted` is raised in the condemned task, if that runs; see also `cut`."""
+        self._send_signal(_status.INTERRUPT_SIGNAL)
+
+    def ask_for_stack(self) -> None:
+        """Let `faulthandler` write down where the worker is, even if it runs C code that holds the GIL."""
+        self._send_signal(_status.STACK_SIGNAL)
+
+    def _send_signal(self, number: int) -> None:
         if self._is_forgotten:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, _status.INTERRUPT_SIGNAL)
+                signal.pidfd_send_signal(self._pidfd, number)
             elif self.poll() is None:
-                os.kill(self.pid, _status.INTERRUPT_SIGNAL)
+                os.kill(self.pid, number)
 
     def take_stack(self) -> str | None:
-        """Return, and forget, the Python stack that `faulthandler` wrote at a crash, or else at the first interrupt."""
+        """Return, and forget, the Python stack at a crash, or else the first that was written after an interrupt."""
         text = os.pread(self._status, _MAX_STACK_BYTES, _STACKS).decode("utf-8", "replace")
         if not text:
             return None

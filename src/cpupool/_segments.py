@@ -51,8 +51,7 @@ def rebuild(first: int, results: Results, known: int, fn: Callable[..., Any], op
                 continue
             error = decode_error(pickled, name_task(fn, options))
         except _payload.RebuildFailed as failed:
-            error = make_rebuild_error(pickled, failed.__cause__, fn, options)
-            error.__cause__ = failed.__cause__
+            error = make_rebuild_error(pickled, failed, fn, options)
         failures.append(len(values))
         values.append(_with_note(error, first + len(values)))
     return Segment(first, values, failures)

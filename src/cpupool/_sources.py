@@ -137,7 +137,7 @@ class IteratorSource:
 
 
 class FedSource:
-    """Holds the items that a task of its own has awaited (`next_row`), until they are taken; other things stay open."""
+    """Holds the items that a task of its own has awaited (`next_row`), until they are taken."""
 
     def __init__(self, iterables: tuple[Any, ...]) -> None:
         self._length = _known_length(iterables)
@@ -179,7 +179,7 @@ class FedSource:
         """There is nothing left to close: `aclose` does it."""
 
     async def aclose(self) -> None:
-        """Close all generators, in the task that has iterated over them, whatever one of them may raise."""
+        """Close all generators, in the task that has iterated over them, whatever one raises; nothing else."""
         async with contextlib.AsyncExitStack() as stack:
             for each in reversed(self._iterators):
                 if isinstance(each, types.GeneratorType):

@@ -11,7 +11,8 @@ in its journal (see `_journal`), behind the page; together that is the number of
 time limit, it writes when that one began.  The pool writes which item it has condemned, and which batch is to end after
 the item that runs.
 
-Behind that `faulthandler` appends Python stacks: at a crash, and at each interrupt, before the task feels it.
+Behind that Python stacks are appended: by the interrupted task, and by `faulthandler` at a crash, and when the pool
+asks because an interrupt is not felt.
 
 It runs in the workers too: stdlib only.
 """
@@ -33,15 +34,17 @@ EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until
 # What STAGE holds: how far a worker has come.
 STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)
 
-# Who does not expect it ignores it, no C library uses it, and many of them are one: real-time signals queue up, and when
-# a process that was stopped goes on, their handlers are all begun at once, one on top of the other, until faulthandler's
-# small stack is full (SIGSEGV).  Go preempts with it for the same reasons.  SIGUSR1 and SIGUSR2 stay the users'.
+# Who does not expect it ignores it, no C library uses it, and many of them are one; real-time signals queue up.  Go
+# preempts with it for the same reasons.  SIGUSR1 and SIGUSR2 stay the users'.
 INTERRUPT_SIGNAL = signal.SIGURG
+
+# Asks for the stack of a task that does not feel an interrupt: a real-time signal that no C library reserves.
+STACK_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 # Signals that end a process and that others send; the rest are crashes.
 SENT_BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 UNKNOWN_STATUS = 256  # as an exit status: it could not be learnt; no process can exit with it
 
-# What faulthandler writes begins with the second, at a crash with the first.
+# What is written begins with the second, by faulthandler at a crash with the first.
 CRASH_HEADING, STACK_HEADING = "Fatal Python error: ", "Stack (most recent call first):"

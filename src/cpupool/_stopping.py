@@ -7,7 +7,8 @@ waiting for its answer, and learns there what has become of its task.  If there 
 doomed under the dispatcher's lock, so that it cannot go to another call meanwhile, and killed.
 
 A signal that arrives just before the task makes a system call that blocks is seen by Python only after that call.  So
-it is sent again, at growing intervals, until the worker's status page says that the task has felt it.
+it is sent again, at growing intervals, until the worker's status page says that the task has felt it.  If it has not
+for a while, its stack is asked for.
 
 A call that is given up does not wait.  It leaves its worker to the supervisor, which interrupts the task, reads the
 answer in the call's place and throws it away; then the worker is ready again.
@@ -33,15 +34,21 @@ if TYPE_CHECKING:
 
 
 FIRST_REMINDER = 0.005  # seconds after the first interrupt
+_SILENCE = 0.03  # seconds after which a task that has not felt it is asked for its stack
 
 
 @dataclass(slots=True)
 class _Reminder:
-    """When the interrupt of a task is sent again; times in seconds, monotonic."""
+    """When the interrupt of a task is sent again; times in seconds, monotonic.
+
+    Attributes:
+        silent_until: when its stack is asked for; infinite once it has been.
+    """
 
     lease: Lease[Worker]
     due: float
-    interval: float
+    silent_until: float
+    interval: float = FIRST_REMINDER
 
 
 class Stopping:
@@ -88,7 +95,7 @@ class Stopping:
         elif lease.verdict is None and since + timeout <= now:
             lease.condemned_item, lease.item_started = item, since
             return False
-        elif lease.verdict is None or lease.condemned_item not in (None, item):
+        elif lease.verdict is None or lease.condemned_item != item:
             lease.pardon(since + timeout)
         else:
             return False
@@ -105,6 +112,9 @@ class Stopping:
             return
         if process.has_started(task_id):
             process.send_interrupt()
+            if reminder.due >= reminder.silent_until:
+                process.ask_for_stack()
+                reminder.silent_until = math.inf
         reminder.due += reminder.interval
         reminder.interval *= 2
 
@@ -121,7 +131,8 @@ class Stopping:
         worker.process.condemn(lease.task_id, EVERY_ITEM if item is None else item)
         if worker.process.has_started(lease.task_id):  # else it looks at its start whether it is condemned
             worker.process.send_interrupt()
-        self._reminders[worker] = _Reminder(lease, lease.interrupted + FIRST_REMINDER, FIRST_REMINDER)
+        now = lease.interrupted
+        self._reminders[worker] = _Reminder(lease, now + FIRST_REMINDER, now + min(_SILENCE, self._grace / 2))
 
     def _kill(self, lease: Lease[Worker]) -> None:
         worker = lease.worker

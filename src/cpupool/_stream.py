@@ -14,23 +14,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ._segments import Segment
 
 T = TypeVar("T")
 
 _REPORT_INTERVAL = 0.05  # seconds between two calls of `on_progress`
-
-
-class Segment(Protocol):
-    """What has become of some consecutive items: see `_map`."""
-
-    @property
-    def first(self) -> int: ...
-
-    @property
-    def values(self) -> list[Any]: ...
-
-    @property
-    def failures(self) -> list[int]: ...
 
 
 class Segments(Protocol):

@@ -96,9 +96,14 @@ class Extraction:
 
     def add(self, other: Extraction) -> None:
         """Take in what was found elsewhere."""
-        self.counts.update(other.counts)
-        self.bytes_read += other.bytes_read
-        self.unreadable.update(other.unreadable)
+        self._add(other.counts.items(), other.bytes_read, other.unreadable)
+
+    def _add(self, counts: Iterable[tuple[str, int]], bytes_read: int, unreadable: dict[str, str]) -> None:
+        total, known = self.counts, self.counts.get
+        for domain, count in counts:
+            total[domain] = known(domain, 0) + count
+        self.bytes_read += bytes_read
+        self.unreadable.update(unreadable)
 
 
 def find_files(paths: Iterable[str | os.PathLike[str]], unreadable: dict[str, str]) -> Iterator[tuple[str, int]]:
@@ -226,7 +231,8 @@ async def extract_domains_from_files(
         async for result in results:
             task = running.popleft()
             if not isinstance(result, Exception):
-                _add_packed(found, *result)
+                names, counts, bytes_read, unreadable = result
+                found._add(zip(names.split(), counts, strict=True), bytes_read, unreadable)
             elif isinstance(result, WorkerDied):
                 found.unreadable.update({each.path: str(result).splitlines()[0] for each in task})
             else:
@@ -244,16 +250,6 @@ def _extract_packed(ranges: list[tuple[str, int, int]]) -> tuple[str, array.arra
     """
     found = extract([FileRange(*each) for each in ranges])
     return " ".join(found.counts), array.array("Q", found.counts.values()), found.bytes_read, found.unreadable
-
-
-def _add_packed(
-    found: Extraction, names: str, counts: array.array[int], bytes_read: int, unreadable: dict[str, str]
-) -> None:
-    total, known = found.counts, found.counts.get
-    for domain, count in zip(names.split(), counts, strict=True):
-        total[domain] = known(domain, 0) + count
-    found.bytes_read += bytes_read
-    found.unreadable.update(unreadable)
 
 
 def _reason(error: OSError) -> str:
