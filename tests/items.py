@@ -279,3 +279,23 @@ def lurk(begun: str, end: str, item: int) -> int:
 def log_warning(item: int) -> int:
     logging.getLogger("items").warning("item %s", item)
     return item
+
+
+class SlowToSay(Exception):
+    """Takes longer to travel than the timeout of the item that raises it."""
+
+    def __reduce__(self) -> Any:
+        time.sleep(0.5)
+        return SlowToSay, ()
+
+
+def fill_or_spin(item: str | int) -> bytes:
+    """Return so many bytes; or say that it has begun, spin, and make an error of the interrupt."""
+    if isinstance(item, int):
+        return bytes(item)
+    Path(item).write_text("begun")
+    try:
+        while True:
+            pass
+    except cpupool.TaskInterrupted:
+        raise SlowToSay from None

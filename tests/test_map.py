@@ -382,6 +382,29 @@ async def test_an_item_s_time_begins_when_the_one_before_has_ended_however_it_di
     assert [type(each) for each in got[300:]] == [ValueError, float, ValueError, float]
 
 
+async def test_an_interrupted_item_has_its_grace_although_the_results_before_it_have_yet_to_be_sent(
+    tmp_path: Path,
+) -> None:
+    """It takes longer than the timeout for them to be read, and again to say what it made of the interrupt."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with CpuPool(1, grace=60) as pool:
+        pid = await pool.run(os.getpid)
+
+        async def hold_up_the_loop() -> None:
+            await anyio.to_thread.run_sync(fifo.read_text)
+            time.sleep(0.5)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(hold_up_the_loop)
+            *before, late = await pool.options(timeout=0.2).map(
+                items.fill_or_spin, [*[48_000] * 5, str(fifo)], return_exceptions=True, chunksize=6
+            )
+        assert [len(each) for each in before] == [48_000] * 5
+        assert isinstance(late, TaskTimeout)
+        assert await pool.run(os.getpid) == pid
+
+
 @pytest.mark.slow
 async def test_items_that_fail_in_the_moment_of_their_timeout_have_one_outcome_each() -> None:
     async with CpuPool(2, grace=60) as pool:

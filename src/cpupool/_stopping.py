@@ -89,6 +89,9 @@ class Stopping:
         worker = lease.worker
         if worker is None or lease.verdict not in (None, Verdict.TIMED_OUT):
             return False
+        if worker.process.has_felt_interrupt(lease.task_id):  # what stands in its page is of what it does with it
+            lease.deadline = lease.interrupted + self._grace
+            return now < lease.deadline
         item, since = worker.process.running_item(lease.task_id) or (BEFORE_FIRST, lease.started)
         if since == math.inf:  # its results are being sent; then the next item begins
             lease.deadline = now + timeout
