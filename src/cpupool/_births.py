@@ -243,7 +243,7 @@ class Births:
         now = time.monotonic()
         if not self._is_initializing(worker) or now >= asked_at + _STACK_TIME:
             return False
-        worker.process.send_interrupt()
+        worker.process.ask_for_stack()
         worker.deadline = asked_at + _STACK_TIME
         return now < worker.deadline
 
