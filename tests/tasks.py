@@ -435,6 +435,14 @@ def report_begin(fifo: str, fn: Any, *args: Any) -> Any:
     return fn(*args)
 
 
+def report_begin_and_hold_gil(fifo: str) -> None:
+    """Hold the GIL for ever, also if the interrupt comes just before."""
+    try:
+        report_begin(fifo, hold_gil_forever)
+    except cpupool.TaskInterrupted:
+        hold_gil_forever()
+
+
 def write_in_finally(path: str) -> None:
     try:
         time.sleep(3600)

@@ -45,7 +45,8 @@ LAYERS = [
     {"_call", "_segments", "_map", "_stream", "_driver", "_executor"},
     {"_calls", "_pool", "_default", "_offload"},
     {"__init__"},
-    {"executor", "domains", "progress", "_doctor", "__main__"},
+    {"executor", "domains", "progress", "asgi", "starlette", "_doctor"},
+    {"fastapi", "__main__"},
 ]
 
 

@@ -73,11 +73,33 @@ async def test_a_call_after_close_is_refused() -> None:
         await pool.run(tasks.add, 1)
     with pytest.raises(PoolClosed):
         await pool.warm_up()
-    with pytest.raises(PoolClosed):
-        async with pool:
-            pass
     assert pool.is_closed
     assert "closed" in repr(pool)
+
+
+async def test_a_pool_that_is_entered_again_starts_anew() -> None:
+    """As an application does that is started for each of its tests."""
+    pool = CpuPool(1)
+    view = pool.options(label="mine")
+    pids = set()
+    for _ in range(3):
+        async with pool:
+            pids.add(await view.run(tasks.get_pid))
+        assert pool.is_closed
+    await pool.aclose()
+    assert len(pids) == 3
+
+
+async def test_a_pool_that_is_still_closing_cannot_be_entered(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with anyio.create_task_group() as group, CpuPool(1) as pool:
+        group.start_soon(pool.run, tasks.hold_and_return_much, *gate.arguments, 1)
+        await anyio.to_thread.run_sync(gate.wait_until_begun)
+        group.start_soon(pool.aclose)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(PoolClosed):
+            await pool.__aenter__()
+        await anyio.to_thread.run_sync(gate.open)
 
 
 def test_closing_a_pool_that_was_never_used_starts_nothing() -> None:

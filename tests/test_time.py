@@ -218,7 +218,7 @@ async def test_b2_nobody_else_waits_while_a_worker_is_being_stopped(tmp_path: Pa
     os.mkfifo(fifo)
     async with CpuPool(2, grace=60) as pool:
         async with anyio.create_task_group() as group:
-            group.start_soon(pool.run, tasks.report_begin, str(fifo), tasks.hold_gil_forever)
+            group.start_soon(pool.run, tasks.report_begin_and_hold_gil, str(fifo))
             pid = int(await anyio.to_thread.run_sync(fifo.read_text))
             group.cancel_scope.cancel()
         for number in range(200):
@@ -320,7 +320,7 @@ async def test_b3_a_cancelled_call_returns_before_the_grace_ends(tmp_path: Path)
     os.mkfifo(fifo)
     async with CpuPool(1, grace=60) as pool:
         async with anyio.create_task_group() as group:
-            group.start_soon(pool.run, tasks.report_begin, str(fifo), tasks.hold_gil_forever)
+            group.start_soon(pool.run, tasks.report_begin_and_hold_gil, str(fifo))
             pid = int(await anyio.to_thread.run_sync(fifo.read_text))
             group.cancel_scope.cancel()
         assert not is_gone(pid)
@@ -333,7 +333,7 @@ async def test_b3_a_cancelled_call_that_does_not_stop_is_killed_after_the_grace(
     os.mkfifo(fifo)
     async with CpuPool(1, grace=0.05) as pool:
         async with anyio.create_task_group() as group:
-            group.start_soon(pool.run, tasks.report_begin, str(fifo), tasks.hold_gil_forever)
+            group.start_soon(pool.run, tasks.report_begin_and_hold_gil, str(fifo))
             pid = int(await anyio.to_thread.run_sync(fifo.read_text))
             group.cancel_scope.cancel()
         assert await pool.run(tasks.get_pid) != pid

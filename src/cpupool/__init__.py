@@ -26,8 +26,9 @@ the bottom up; imports point only downward:
     8  _calls _pool _default _offload
                           CpuPool and its views; the process's default pool; functions that run in one
     9  __init__            this file
-    10 executor domains progress _doctor __main__
-                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; the command line
+    10 executor domains progress asgi starlette _doctor
+                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; web applications
+    11 fastapi __main__    more of these; the command line
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ._errors import PoolBroken as PoolBroken
     from ._errors import PoolClosed as PoolClosed
     from ._errors import PoolFull as PoolFull
+    from ._errors import PoolNotStarted as PoolNotStarted
     from ._errors import QueueTimeout as QueueTimeout
     from ._errors import RemoteError as RemoteError
     from ._errors import RemoteTraceback as RemoteTraceback
@@ -82,6 +84,7 @@ _HOMES = {
     "PoolExecutor": "executor",
     "PoolExecutorFace": "_executor",
     "PoolFull": "_errors",
+    "PoolNotStarted": "_errors",
     "QueueTimeout": "_errors",
     "RemoteError": "_errors",
     "RemoteTraceback": "_errors",

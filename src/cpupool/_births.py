@@ -96,6 +96,11 @@ class Births:
         leaving = sum(worker.state is State.LEAVING for worker in self._crew.workers)
         return leaving < self._dispatcher.max_workers
 
+    @property
+    def failures(self) -> int:
+        """How many starts in a row have failed, those aside that were made at the same time; from any thread."""
+        return self._failures
+
     def refuse_while_broken(self) -> None:
         """Tell those who wait in vain, while the breaker is open, that it is."""
         make_cause = self._last_error

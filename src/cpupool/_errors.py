@@ -23,6 +23,7 @@ __all__ = [
     "PoolBroken",
     "PoolClosed",
     "PoolFull",
+    "PoolNotStarted",
     "QueueTimeout",
     "RemoteError",
     "RemoteTraceback",
@@ -151,6 +152,27 @@ class PoolBroken(CpuPoolError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class PoolNotStarted(CpuPoolError):
+    """A request was served by an application that has no pool: its lifespan did not run.
+
+    Attributes:
+        name: the pool's name in the application's state.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"the application has no pool named {self.name!r}: its lifespan, which starts it, did not run or has none. "
+            "(1) In a test, let it run: 'with TestClient(app) as client', not 'client = TestClient(app)'. (2) Give the "
+            "application its pool: cpupool.fastapi.install(app, pool), or lifespan=cpupool.starlette.lifespan(pool). "
+            "(3) In a test without a lifespan, replace the dependency: "
+            "app.dependency_overrides[cpupool.fastapi.get_pool] = lambda: pool."
+        )
 
 
 class InitializerFailed(CpuPoolError):

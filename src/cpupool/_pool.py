@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
+from ._errors import PoolClosed
 from ._forking import at_fork
 from ._settings import Settings
 from ._starting import WorkerStarter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ._settings import CallOptions
+    from ._supervisor import Health
     from ._waiting import Waits
 
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
@@ -35,7 +37,8 @@ class CpuPool(PoolCalls):
     """Runs functions in worker processes, for any event loop, any thread, several at once.
 
     Creating a pool starts nothing.  Workers start when calls need them, or all at once with `warm_up()`; entering the
-    pool (`async with`, `with`) warms it up, leaving it closes it.  After `os.fork()` the child's copy of a pool starts
+    pool (`async with`, `with`) warms it up, leaving it closes it; entered again, it starts anew, as an application does
+    that is started for each of its tests.  After `os.fork()` the child's copy of a pool starts
     workers of its own.
 
     Args:
@@ -180,6 +183,15 @@ class CpuPool(PoolCalls):
         return self._dispatcher.closed
 
     @property
+    def health(self) -> Health:
+        """Whether the pool works, in a word.
+
+        "ready"; "degraded" while the last start of a worker has failed, or so many calls wait that another would be
+        refused (`max_pending`); "broken" when no worker is there after several failed starts, or the pool is closed.
+        """
+        return self._supervisor.health
+
+    @property
     def _home(self) -> CpuPool:
         return self
 
@@ -239,7 +251,15 @@ class CpuPool(PoolCalls):
         self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
         await waits.settled(ticket)
 
+    def _begin_anew(self) -> None:
+        """Open the pool again if it was closed and is over."""
+        if self._dispatcher.closed:
+            if self._supervisor.is_running:
+                raise PoolClosed(self.settings.name)
+            self._set_up()
+
     async def __aenter__(self) -> Self:
+        self._begin_anew()
         try:
             await self.warm_up()
         except BaseException:
@@ -261,6 +281,7 @@ class CpuPool(PoolCalls):
 
     def __enter__(self) -> Self:
         refuse_in_event_loop("with pool", "async with pool")
+        self._begin_anew()
         try:
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:

@@ -20,10 +20,10 @@ import math
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import _roles
-from ._births import Births
+from ._births import BREAKER_THRESHOLD, Births
 from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ._settings import Settings
     from ._starting import WorkerStarter
     from ._waiting import Ticket
+
+Health: TypeAlias = Literal["ready", "degraded", "broken"]
 
 LONGEST_REPORT = 1.0  # seconds that a fork server has to report how an ended worker has ended
 LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
@@ -125,6 +127,19 @@ class Supervisor:
     @property
     def is_running(self) -> bool:
         return not self._unstarted and not self.finished
+
+    @property
+    def health(self) -> Health:
+        """How the pool is, from any thread; see `CpuPool.health`."""
+        if self.dispatcher.closed:
+            return "broken"
+        failures = self._births.failures
+        _, idle, busy, waiting = self.dispatcher.counts()
+        if failures >= BREAKER_THRESHOLD and not idle and not busy:
+            return "broken"
+        max_pending = self.dispatcher.max_pending
+        is_full = max_pending is not None and waiting >= max_pending > 0
+        return "degraded" if failures or is_full else "ready"
 
     def stop_soon(self) -> None:
         """Stop everything without waiting for it."""

@@ -1,0 +1,122 @@
+"""A pool for any ASGI application: it is started before the application, and drained after it.
+
+    app = PoolLifespan(app, pool)
+
+Works with whatever speaks ASGI, on any server, on asyncio and trio; needs nothing but this package.  For Starlette and
+FastAPI, `cpupool.starlette` and `cpupool.fastapi` do more.
+
+Theory of operation: the server tells an application to start and to shut down by messages (the lifespan protocol).
+They are passed on, each a little later: the start when the workers are ready, the end of the shutdown when they are
+gone.  An application that does not know the protocol leaves, by an exception or in silence; then it is answered for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+    from typing import TypeAlias
+
+    from . import CpuPool
+
+    Message: TypeAlias = MutableMapping[str, Any]
+    Receive: TypeAlias = Callable[[], Awaitable[Message]]
+    Send: TypeAlias = Callable[[Message], Awaitable[None]]
+    Application: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+__all__ = ["PoolLifespan"]
+
+_logger = logging.getLogger("cpupool")
+
+
+class PoolLifespan:
+    """An ASGI application around another one, with a pool that lives as long as it is served.
+
+    The pool stands in the `state` of each request's scope (`scope["state"]["pool"]`; Starlette's `request.state.pool`),
+    and in that of the lifespan, where the application finds it when it starts.
+
+    Args:
+        app: the application; one without support for the lifespan protocol too.
+        pool: the pool; nothing is started before the server starts.
+        state_key: its name in the state.
+
+    What the pool's start raises (`InitializerFailed`, `PoolBroken`) makes the server's start fail, with its traceback.
+    """
+
+    def __init__(self, app: Application, pool: CpuPool, state_key: str = "pool") -> None:
+        self.app = app
+        self.pool = pool
+        self.state_key = state_key
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve a request or a websocket, or live the application's life."""
+        scope.setdefault("state", {})[self.state_key] = self.pool
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _live(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        startup = await receive()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self.pool)
+            except Exception:
+                await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
+                raise
+            between = _Between(startup, receive, send, self.pool)
+            try:
+                await self.app(scope, between.receive, between.send)
+            except Exception as error:
+                if between.has_started:
+                    raise
+                _logger.info("the application seems to have no lifespan: %s: %s", type(error).__name__, error)
+            await between.finish()
+
+
+class _Between:
+    """Stands between server and application while it lives.
+
+    Attributes:
+        has_started: True if the application has answered that it has started, or failed to.
+    """
+
+    def __init__(self, startup: Message, receive: Receive, send: Send, pool: CpuPool) -> None:
+        self.has_started = False
+        self._startup: Message | None = startup
+        self._is_shutting_down = False
+        self._has_ended = False
+        self._receive = receive
+        self._send = send
+        self._pool = pool
+
+    async def receive(self) -> Message:
+        """Give the application the server's next message."""
+        if self._startup is not None:
+            message, self._startup = self._startup, None
+            return message
+        message = await self._receive()
+        self._is_shutting_down = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Give the server what the application answers; its last answer, when the pool has closed."""
+        self.has_started = True
+        if message["type"] != "lifespan.startup.complete":
+            await self._pool.aclose()
+            self._has_ended = True
+        await self._send(message)
+
+    async def finish(self) -> None:
+        """Answer what the application has left unanswered."""
+        if self._has_ended:
+            return
+        if not self.has_started:
+            await self.send({"type": "lifespan.startup.complete"})
+        if not self._is_shutting_down:
+            await self._receive()
+        await self.send({"type": "lifespan.shutdown.complete"})

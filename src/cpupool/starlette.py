@@ -1,0 +1,230 @@
+"""A pool in a Starlette application: its lifespan, its errors as responses, work that stops when the client leaves.
+
+Needs Starlette.  It works in FastAPI too, which has `cpupool.fastapi`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import anyio
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.websockets import WebSocket
+
+from . import (
+    InitializerFailed,
+    PoolBroken,
+    PoolClosed,
+    PoolFull,
+    PoolNotStarted,
+    QueueTimeout,
+    TaskTimeout,
+    WorkerDied,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
+
+    from starlette.requests import HTTPConnection, Request
+
+    from . import CpuPool
+
+__all__ = [
+    "exception_handlers",
+    "get_pool",
+    "health_route",
+    "lifespan",
+    "run_until_disconnect",
+    "until_disconnect",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_logger = logging.getLogger("cpupool")
+
+LONGEST_PROBE = 1.0  # seconds that a health check waits for a worker of a broken pool
+
+# By error: the status, what the client is told, and the code with which a websocket is closed.
+_BUSY = "The server is busy. Try again later."
+_UNAVAILABLE = "The service is not available."
+_ANSWERS: dict[type[Exception], tuple[int, str, int]] = {
+    PoolFull: (503, _BUSY, 1013),
+    QueueTimeout: (503, _BUSY, 1013),
+    TaskTimeout: (504, "The work took too long and was stopped.", 1011),
+    PoolClosed: (503, _UNAVAILABLE, 1012),
+    PoolBroken: (503, _UNAVAILABLE, 1011),
+    InitializerFailed: (503, _UNAVAILABLE, 1011),
+    WorkerDied: (500, "The work failed.", 1011),
+}
+
+
+def lifespan(
+    pool: CpuPool,
+    *,
+    inner: Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
+    state_key: str = "pool",
+) -> Callable[[Any], AbstractAsyncContextManager[dict[str, Any]]]:
+    """Return a lifespan for an application: `Starlette(lifespan=lifespan(pool))`.
+
+    The pool is started before the first request, and drained after the last.  It is the same as to write
+    `async with pool: yield {"pool": pool}` in a lifespan of one's own.
+
+    Args:
+        pool: the pool.  Nothing is started before the application starts; it may be started and shut down several
+            times, as tests do.
+        inner: the application's own lifespan, which runs within; what it yields is kept.
+        state_key: the pool's name in `request.state`.
+    """
+
+    @contextlib.asynccontextmanager
+    async def live(app: Any) -> AsyncGenerator[dict[str, Any]]:
+        async with pool:
+            if inner is None:
+                yield {state_key: pool}
+                return
+            async with inner(app) as state:
+                yield {**(state or {}), state_key: pool}
+
+    return live
+
+
+def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
+    """Return the pool of the application that serves this request or websocket.
+
+    Raises:
+        PoolNotStarted: it has none under this name: its lifespan did not run.
+    """
+    try:
+        pool: CpuPool = connection.scope["state"][state_key]
+    except KeyError:
+        raise PoolNotStarted(state_key) from None
+    return pool
+
+
+# --- errors ---
+
+
+def _respond(connection: Request, error: Exception) -> Response:
+    """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
+    status, text, _ = _answer_to(error)
+    level = logging.ERROR if status == 500 else logging.WARNING
+    _logger.log(level, "%s %s: %d", connection.method, connection.url.path, status, exc_info=error)
+    headers = None
+    if isinstance(error, PoolFull):
+        headers = {"Retry-After": str(max(math.ceil(error.retry_after), 1))}
+    return JSONResponse({"detail": text}, status_code=status, headers=headers)
+
+
+def _answer_to(error: Exception) -> tuple[int, str, int]:
+    return next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+
+
+async def _handle(connection: HTTPConnection, error: Exception) -> Response | None:
+    if isinstance(connection, WebSocket):
+        _, text, code = _answer_to(error)
+        _logger.warning("websocket %s: closed with %d", connection.url.path, code, exc_info=error)
+        await connection.close(code, text)
+        return None
+    return _respond(connection, error)  # type: ignore[arg-type]  # there is no third kind
+
+
+async def _forget(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return Response(status_code=499)  # nobody reads it; the number is nginx's
+
+
+def exception_handlers() -> dict[type[Exception], Callable[..., Any]]:
+    """Return handlers for the pool's errors: `Starlette(exception_handlers=exception_handlers())`.
+
+    `PoolFull` becomes 503 with `Retry-After`, `QueueTimeout` 503, `TaskTimeout` 504, `PoolClosed`, `PoolBroken` and
+    `InitializerFailed` 503, `WorkerDied` 500.  The response says no more than that; the error goes to the log, under
+    the name "cpupool".  A websocket is closed, with 1011, 1012 or 1013.  Errors of a task itself stay as they are.
+    """
+    return {**dict.fromkeys(_ANSWERS, _handle), ClientDisconnect: _forget}
+
+
+# --- work that nobody waits for any more ---
+
+
+@contextlib.asynccontextmanager
+async def until_disconnect(request: Request) -> AsyncGenerator[None]:
+    """Cancel what runs in an `async with` block when the client has gone.
+
+    Raises:
+        ClientDisconnect: that has happened; the handler in `exception_handlers` swallows it.
+        RuntimeError: the body is being read as a stream, and has not come to its end.
+
+    Cancellation: of the block, as anyio's; a pool's call in it stops.
+    """
+    await _read_body(request)
+    is_done = False
+    failure: Exception | None = None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        try:
+            yield
+        except Exception as error:
+            failure = error  # in the group, it would be wrapped in another one
+        is_done = True
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if not is_done:
+        raise ClientDisconnect
+
+
+async def _read_body(request: Request) -> None:
+    """Read the body before others take its messages; one that the application has read as a stream is there."""
+    try:
+        await request.body()
+    except RuntimeError:
+        if not request._stream_consumed:
+            raise
+
+
+async def run_until_disconnect(request: Request, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `fn(*args, **kwargs)` in the application's pool, and stop it when the client leaves.
+
+    For a call with options, or for several, see `until_disconnect`.
+
+    Raises:
+        ClientDisconnect: the client has left.
+        Exception: as `CpuPool.run`.
+
+    Cancellation: as `CpuPool.run`.
+    """
+    async with until_disconnect(request):
+        return await get_pool(request).run(fn, *args, **kwargs)
+    raise ClientDisconnect  # for the type checker: a block that was cancelled has raised it
+
+
+# --- probes ---
+
+
+def health_route(pool: CpuPool, path: str = "/health") -> Route:
+    """Return a route that says whether the pool works: `{"status": "ready"}`, "degraded" or "broken".
+
+    For load balancers and orchestrators: 200 for the first two, 503 for the last; see `CpuPool.health`.  A broken pool
+    is given a chance to start a worker, so that it recovers though no other request reaches it.
+    """
+
+    async def answer(request: Request) -> JSONResponse:  # noqa: ARG001
+        if pool.health == "broken" and not pool.is_closed:
+            with anyio.move_on_after(LONGEST_PROBE), contextlib.suppress(PoolBroken, InitializerFailed, PoolFull):
+                await pool.run(int)
+        health = pool.health
+        return JSONResponse({"status": health}, status_code=503 if health == "broken" else 200)
+
+    return Route(path, answer, methods=["GET"], include_in_schema=False)

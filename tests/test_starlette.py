@@ -1,0 +1,279 @@
+"""`cpupool.starlette`: lifespan, errors as responses, probes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+import items
+import tasks
+from conftest import is_gone
+from cpupool import (
+    CpuPool,
+    InitializerFailed,
+    PoolBroken,
+    PoolClosed,
+    PoolFull,
+    PoolNotStarted,
+    QueueTimeout,
+    TaskTimeout,
+    WorkerDied,
+)
+from cpupool.starlette import (
+    exception_handlers,
+    get_pool,
+    health_route,
+    lifespan,
+    run_until_disconnect,
+)
+
+BACKENDS = ["asyncio", "trio"]
+
+
+async def show_pid(request: Request) -> Response:
+    return JSONResponse(await get_pool(request).run(tasks.get_pid))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_pool_lives_as_long_as_the_application(backend: Any) -> None:
+    pool = CpuPool(1)
+    app = Starlette(routes=[Route("/", show_pid)], lifespan=lifespan(pool))
+    pids = set()
+    for _ in range(2):
+        with TestClient(app, backend=backend) as client:
+            pid = client.get("/").json()
+            pids.add(pid)
+            assert not is_gone(pid)
+        assert is_gone(pid)
+    assert len(pids) == 2
+
+
+def test_the_application_s_own_lifespan_runs_within() -> None:
+    seen: list[object] = []
+
+    @asynccontextmanager
+    async def inner(app: Starlette) -> AsyncIterator[dict[str, object]]:
+        seen.append(pool.health)
+        seen.append(await pool.run(tasks.add, 1, 2))
+        yield {"mine": 5}
+        seen.append(await pool.run(tasks.add, 3, 4))
+
+    async def show(request: Request) -> Response:
+        return JSONResponse([request.state.mine, await request.state.cpu.run(tasks.add, 5)])
+
+    pool = CpuPool(1)
+    app = Starlette(routes=[Route("/", show)], lifespan=lifespan(pool, inner=inner, state_key="cpu"))
+    with TestClient(app) as client:
+        assert client.get("/").json() == [5, 5]
+    assert seen == ["ready", 3, 7]
+
+
+def test_a_lifespan_that_yields_nothing_may_run_within() -> None:
+    @asynccontextmanager
+    async def inner(app: Starlette) -> AsyncIterator[None]:
+        yield
+
+    app = Starlette(routes=[Route("/", show_pid)], lifespan=lifespan(CpuPool(1), inner=inner))
+    with TestClient(app) as client:
+        assert client.get("/").status_code == 200
+
+
+def test_a_websocket_finds_the_pool() -> None:
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_json(await get_pool(websocket).run(tasks.add, 40, 2))
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/", talk)], lifespan=lifespan(CpuPool(1)))
+    with TestClient(app) as client, client.websocket_connect("/") as websocket:
+        assert websocket.receive_json() == 42
+
+
+def test_a_failing_initializer_fails_the_start_with_the_real_error() -> None:
+    pool = CpuPool(1, initializer=items.fail, initargs=("model",))
+    with pytest.raises(InitializerFailed) as caught, TestClient(Starlette(lifespan=lifespan(pool))):
+        pass
+    assert str(caught.value.__cause__) == "no model"
+
+
+def test_d7_without_a_lifespan_the_three_cures_are_named() -> None:
+    app = Starlette(routes=[Route("/", show_pid)], lifespan=lifespan(CpuPool(1)))
+    with pytest.raises(PoolNotStarted) as caught:
+        TestClient(app).get("/")
+    for cure in ("with TestClient(app) as client", "cpupool.fastapi.install(app, pool)", "dependency_overrides"):
+        assert cure in str(caught.value)
+    with pytest.raises(PoolNotStarted, match="no pool named 'images'"):
+        get_pool(HTTPConnection({"type": "http", "state": {"pool": 1}}), "images")
+
+
+# --- errors ---
+
+ERRORS: list[tuple[Callable[[], Exception], int, int, dict[str, str]]] = [
+    (lambda: PoolFull(20, 2.3), 503, 1013, {"Retry-After": "3"}),
+    (lambda: PoolFull(20, 0.001), 503, 1013, {"Retry-After": "1"}),
+    (lambda: QueueTimeout("secret.task", 1.0, 1.1), 503, 1013, {}),
+    (lambda: TaskTimeout("secret.task", 1.0, 0.0, 1.1, "secret stack"), 504, 1011, {}),
+    (lambda: PoolClosed("secret pool"), 503, 1012, {}),
+    (lambda: PoolBroken("secret reason", ValueError("secret")), 503, 1011, {}),
+    (lambda: InitializerFailed("secret.initializer", 5), 503, 1011, {}),
+    (lambda: WorkerDied(5, None, 11, False, "secret.task", "secret stack"), 500, 1011, {}),
+]
+
+
+@pytest.mark.parametrize(("make", "status", "code", "headers"), ERRORS)
+def test_an_error_of_the_pool_is_a_response_that_says_nothing_of_the_inside(
+    make: Callable[[], Exception], status: int, code: int, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(request: Request) -> Response:
+        raise make()
+
+    async def hang_up(websocket: WebSocket) -> None:
+        await websocket.accept()
+        raise make()
+
+    app = Starlette(
+        routes=[Route("/", fail, methods=["POST"]), WebSocketRoute("/ws", hang_up)],
+        exception_handlers=exception_handlers(),
+    )
+    client = TestClient(app)
+    with caplog.at_level(logging.WARNING, "cpupool"):
+        response = client.post("/")
+    assert response.status_code == status
+    assert list(response.json()) == ["detail"]
+    assert "secret" not in response.text
+    assert "cpupool" not in response.text.lower()
+    assert {name: response.headers[name] for name in headers} == headers
+    assert ("Retry-After" in response.headers) == ("Retry-After" in headers)
+    (record,) = caplog.records
+    assert record.levelname == ("ERROR" if status == 500 else "WARNING")
+    assert record.getMessage() == f"POST /: {status}"
+    assert isinstance(record.exc_info, tuple), "the log has it all"
+    assert type(record.exc_info[1]) is type(make())
+    with client.websocket_connect("/ws") as websocket, pytest.raises(WebSocketDisconnect) as caught:
+        websocket.receive_text()
+    assert caught.value.code == code
+    assert "secret" not in caught.value.reason
+
+
+def test_what_a_task_raises_is_the_application_s_own_affair() -> None:
+    async def fail(request: Request) -> Response:
+        await get_pool(request).run(items.fail, "such thing")
+        raise AssertionError("it went on")
+
+    app = Starlette(routes=[Route("/", fail)], lifespan=lifespan(CpuPool(1)), exception_handlers=exception_handlers())
+    with TestClient(app) as client, pytest.raises(ValueError, match="no such thing"):
+        client.get("/")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_timeout_and_a_real_crash_become_responses(backend: Any) -> None:
+    async def run(request: Request) -> Response:
+        pool = get_pool(request)
+        if request.path_params["what"] == "spin":
+            await pool.options(timeout=0.1).run(tasks.spin_forever)
+        await pool.run(tasks.exit_at_once, 3)
+        raise AssertionError("it went on")
+
+    app = Starlette(
+        routes=[Route("/{what}", run)], lifespan=lifespan(CpuPool(1)), exception_handlers=exception_handlers()
+    )
+    with TestClient(app, backend=backend) as client:
+        assert [client.get(path).status_code for path in ("/spin", "/die")] == [504, 500]
+
+
+# --- work that stops when the client leaves: see test_servers for real clients ---
+
+
+async def run_in_body(request: Request) -> Response:
+    """Read the body in several ways, then work."""
+    how = request.path_params["how"]
+    size = 0
+    if how == "body":
+        size = len(await request.body())
+    elif how == "stream":
+        size = sum([len(chunk) async for chunk in request.stream()])
+    elif how == "half":
+        async for chunk in request.stream():
+            size = len(chunk)
+            break
+    got = await run_until_disconnect(request, tasks.add, size, c=1)
+    return JSONResponse([got, len(await request.body()) if how != "stream" else size])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_whose_client_stays_is_as_any_other(backend: Any) -> None:
+    async def fail(request: Request) -> Response:
+        await run_until_disconnect(request, items.fail, "such thing")
+        raise AssertionError("it went on")
+
+    app = Starlette(
+        routes=[Route("/fail", fail), Route("/{how}", run_in_body, methods=["POST"])], lifespan=lifespan(CpuPool(1))
+    )
+    with TestClient(app, backend=backend) as client:
+        for how, expected in (("none", [1, 100_000]), ("body", [100_001, 100_000]), ("stream", [100_001, 100_000])):
+            assert client.post(f"/{how}", content=bytes(100_000)).json() == expected
+        with pytest.raises(ValueError, match="no such thing"):  # itself, and not in a group
+            client.get("/fail")
+
+
+# --- probes ---
+
+
+def probe(client: TestClient) -> tuple[int, str]:
+    response = client.get("/health")
+    return response.status_code, response.json()["status"]
+
+
+def test_health_of_a_pool_that_works_is_full_and_is_closed(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    pool = CpuPool(1, max_pending=1)
+    app = Starlette(routes=[health_route(pool)])
+    with TestClient(app) as client:
+        assert probe(client) == (200, "ready")  # it has not started: it will
+        with pool, ThreadPoolExecutor(2) as threads:
+            running = threads.submit(pool.run_sync, tasks.hold_and_return_much, *gate.arguments, 1)
+            gate.wait_until_begun()
+            assert probe(client) == (200, "ready")
+            waiting = threads.submit(pool.run_sync, tasks.add, 1)
+            while "1 waiting" not in repr(pool):
+                pass
+            assert probe(client) == (200, "degraded")
+            gate.open()
+            running.result()
+            waiting.result()
+            assert probe(client) == (200, "ready")
+        assert probe(client) == (503, "broken")
+        assert set(client.get("/health").json()) == {"status"}
+
+
+def test_health_of_a_pool_that_cannot_start_recovers_by_being_asked(tmp_path: Path) -> None:
+    """Nobody else would try: a server that is not ready gets no requests."""
+    flaky = tasks.Flaky(tmp_path)
+    flaky.flag.touch()
+    pool = CpuPool(1, initializer=flaky)
+    seen = []
+    with TestClient(Starlette(routes=[health_route(pool)])) as client:
+        for _ in range(3):
+            with pytest.raises(InitializerFailed):
+                pool.run_sync(tasks.add, 1)
+            seen.append(probe(client))
+        assert seen == [(200, "degraded"), (200, "degraded"), (503, "broken")]
+        flaky.flag.unlink()
+        deadline = time.monotonic() + 20
+        while (answer := probe(client)) != (200, "ready"):
+            assert answer == (503, "broken")
+            assert time.monotonic() < deadline
+    pool.close()
