@@ -45,8 +45,9 @@ LAYERS = [
     {"_call", "_segments", "_map", "_stream", "_driver", "_executor"},
     {"_calls", "_pool", "_default", "_offload"},
     {"__init__"},
-    {"executor", "domains", "progress", "asgi", "starlette", "_doctor"},
-    {"fastapi", "__main__"},
+    {"executor", "domains", "progress", "asgi", "_doctor"},
+    {"starlette", "__main__"},
+    {"fastapi"},
 ]
 
 

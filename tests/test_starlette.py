@@ -159,9 +159,12 @@ def test_an_error_of_the_pool_is_a_response_that_says_nothing_of_the_inside(
     assert ("Retry-After" in response.headers) == ("Retry-After" in headers)
     (record,) = caplog.records
     assert record.levelname == ("ERROR" if status == 500 else "WARNING")
-    assert record.getMessage() == f"POST /: {status}"
-    assert isinstance(record.exc_info, tuple), "the log has it all"
-    assert type(record.exc_info[1]) is type(make())
+    assert record.getMessage().startswith(f"POST /: {status}")
+    if status == 500:
+        assert isinstance(record.exc_info, tuple)
+        assert type(record.exc_info[1]) is type(make())
+    else:
+        assert f"({type(make()).__name__}: {make()})" in record.getMessage(), "the log has it all"
     with client.websocket_connect("/ws") as websocket, pytest.raises(WebSocketDisconnect) as caught:
         websocket.receive_text()
     assert caught.value.code == code
@@ -244,7 +247,7 @@ def test_health_of_a_pool_that_works_is_full_and_is_closed(tmp_path: Path) -> No
     with TestClient(app) as client:
         assert probe(client) == (200, "ready")  # it has not started: it will
         with pool, ThreadPoolExecutor(2) as threads:
-            running = threads.submit(pool.run_sync, tasks.hold_and_return_much, *gate.arguments, 1)
+            running = threads.submit(lambda: pool.run_sync(tasks.hold_and_return_much, *gate.arguments, 1))
             gate.wait_until_begun()
             assert probe(client) == (200, "ready")
             waiting = threads.submit(pool.run_sync, tasks.add, 1)

@@ -26,9 +26,10 @@ the bottom up; imports point only downward:
     8  _calls _pool _default _offload
                           CpuPool and its views; the process's default pool; functions that run in one
     9  __init__            this file
-    10 executor domains progress asgi starlette _doctor
-                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; web applications
-    11 fastapi __main__    more of these; the command line
+    10 executor domains progress asgi _doctor
+                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications
+    11 starlette __main__  those of Starlette; the command line
+    12 fastapi             those of FastAPI
 """
 
 from __future__ import annotations

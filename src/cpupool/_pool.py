@@ -239,10 +239,23 @@ class CpuPool(PoolCalls):
         refuse_in_event_loop("close", "await pool.aclose()")
         run_to_end(self._close(drain, BlockingWaits()))
 
-    async def _close(self, drain: float | None, waits: Waits) -> None:
+    def close_soon(self, drain: float | None = None) -> None:
+        """Close the pool in `drain` seconds, by default its own setting, without waiting for that.
+
+        Until then it takes calls; then what runs is interrupted, and its callers get `PoolClosed`.  For a program that
+        has been told to end, and ends when its requests are answered; it may be called in a signal handler.
+        """
+        if self._supervisor.is_running:
+            self._supervisor.post(self._supervisor.close_by, time.monotonic() + self._drain(drain))
+
+    def _drain(self, drain: float | None) -> float:
         if drain is None:
-            drain = self.settings.drain
+            return self.settings.drain
         check_seconds("drain", drain)
+        return drain
+
+    async def _close(self, drain: float | None, waits: Waits) -> None:
+        drain = self._drain(drain)
         self._dispatcher.close()
         if not self._supervisor.is_running:
             return

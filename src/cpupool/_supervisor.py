@@ -80,6 +80,7 @@ class Supervisor:
         self._unstarted = [None]
         self._is_stopping = False
         self._stop_at = math.inf
+        self._close_at = math.inf
         self._killed_at = math.inf
         self._has_grace = True
         self._stop_tickets: list[Ticket] = []
@@ -205,6 +206,10 @@ class Supervisor:
         else:
             self._stop_tickets.append(ticket)
 
+    def close_by(self, deadline: float) -> None:
+        """Take no more calls from `deadline` on, and interrupt what still runs then."""
+        self._close_at = min(self._close_at, deadline)
+
     def hurry(self) -> None:
         """Kill all workers at once; `stop` was ordered before."""
         self._has_grace = False
@@ -257,7 +262,7 @@ class Supervisor:
             self._memory_guard.next_deadline(),
             self._next_surplus(),
             self.dispatcher.next_queue_deadline(),
-            self._killed_at if self._births.stopped else self._stop_at,
+            self._killed_at if self._births.stopped else min(self._stop_at, self._close_at),
         )
 
     def _enforce_deadlines(self, now: float) -> None:
@@ -335,9 +340,13 @@ class Supervisor:
     # --- the end ---
 
     def _advance_stop(self) -> None:
+        now = time.monotonic()
+        if now >= self._close_at:
+            self._close_at = math.inf
+            self.dispatcher.close()
+            self.stop(now, None)
         if not self._is_stopping:
             return
-        now = time.monotonic()
         if not self._births.stopped and (self.dispatcher.is_quiet() or now >= self._stop_at):
             self._births.stopped = True
             self._killed_at = now + (self._settings.grace if self._has_grace else 0)

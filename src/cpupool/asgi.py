@@ -2,8 +2,12 @@
 
     app = PoolLifespan(app, pool)
 
-Works with whatever speaks ASGI, on any server, on asyncio and trio; needs nothing but this package.  For Starlette and
-FastAPI, `cpupool.starlette` and `cpupool.fastapi` do more.
+It works with whatever speaks ASGI, on any server, on asyncio and trio, and needs nothing but this package.  For
+Starlette and FastAPI, `cpupool.starlette` and `cpupool.fastapi` do more.
+
+A server that is told to stop, by SIGTERM or Ctrl-C, first waits for the requests that it has, however long they take;
+only then does it tell the application.  So that it comes to that, the pool learns of the signal at once
+(`closing_on_signals`): a request whose work is not done `drain` seconds later gets `PoolClosed`.
 
 Theory of operation: the server tells an application to start and to shut down by messages (the lifespan protocol).
 They are passed on, each a little later: the start when the workers are ready, the end of the shutdown when they are
@@ -14,11 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+    from types import FrameType
     from typing import TypeAlias
 
     from . import CpuPool
@@ -28,9 +35,39 @@ if TYPE_CHECKING:
     Send: TypeAlias = Callable[[Message], Awaitable[None]]
     Application: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-__all__ = ["PoolLifespan"]
+__all__ = ["PoolLifespan", "closing_on_signals"]
 
 _logger = logging.getLogger("cpupool")
+
+
+@contextlib.contextmanager
+def closing_on_signals(pool: CpuPool) -> Iterator[None]:
+    """Let a signal that tells the server to stop reach the pool too.
+
+    Within the block, SIGTERM and SIGINT do what they did before, and `pool.close_soon()` besides.  That is done where a
+    server handles them, in its main thread; elsewhere, and for signals that nobody handles, it does nothing.
+    """
+    changed: dict[int, Any] = {}
+    number: int
+
+    def close_soon(number: int, frame: FrameType | None) -> None:
+        pool.close_soon()
+        before = changed[number]
+        if callable(before):
+            before(number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.getsignal(number)
+            if callable(before) and before is not signal.default_int_handler:
+                changed[number] = before
+                signal.signal(number, close_soon)
+    try:
+        yield
+    finally:
+        for number, before in changed.items():
+            if signal.getsignal(number) is close_soon:
+                signal.signal(number, before)
 
 
 class PoolLifespan:
@@ -68,6 +105,7 @@ class PoolLifespan:
             except Exception:
                 await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
                 raise
+            stack.enter_context(closing_on_signals(self.pool))
             between = _Between(startup, receive, send, self.pool)
             try:
                 await self.app(scope, between.receive, between.send)

@@ -26,6 +26,7 @@ from . import (
     TaskTimeout,
     WorkerDied,
 )
+from .asgi import closing_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -74,7 +75,8 @@ def lifespan(
     """Return a lifespan for an application: `Starlette(lifespan=lifespan(pool))`.
 
     The pool is started before the first request, and drained after the last.  It is the same as to write
-    `async with pool: yield {"pool": pool}` in a lifespan of one's own.
+    `async with pool: yield {"pool": pool}` in a lifespan of one's own, and besides lets the server stop in time (see
+    `cpupool.asgi`).
 
     Args:
         pool: the pool.  Nothing is started before the application starts; it may be started and shut down several
@@ -86,11 +88,12 @@ def lifespan(
     @contextlib.asynccontextmanager
     async def live(app: Any) -> AsyncGenerator[dict[str, Any]]:
         async with pool:
-            if inner is None:
-                yield {state_key: pool}
-                return
-            async with inner(app) as state:
-                yield {**(state or {}), state_key: pool}
+            with closing_on_signals(pool):
+                if inner is None:
+                    yield {state_key: pool}
+                    return
+                async with inner(app) as state:
+                    yield {**(state or {}), state_key: pool}
 
     return live
 
@@ -114,12 +117,19 @@ def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
 def _respond(connection: Request, error: Exception) -> Response:
     """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
     status, text, _ = _answer_to(error)
-    level = logging.ERROR if status == 500 else logging.WARNING
-    _logger.log(level, "%s %s: %d", connection.method, connection.url.path, status, exc_info=error)
+    _log(f"{connection.method} {connection.url.path}: {status}", error, is_failure=status == 500)
     headers = None
     if isinstance(error, PoolFull):
         headers = {"Retry-After": str(max(math.ceil(error.retry_after), 1))}
     return JSONResponse({"detail": text}, status_code=status, headers=headers)
+
+
+def _log(what: str, error: Exception, *, is_failure: bool) -> None:
+    """Log what became of a request; with a traceback only if something is broken, and not if too much was asked for."""
+    if is_failure:
+        _logger.error("%s", what, exc_info=error)
+    else:
+        _logger.warning("%s (%s: %s)", what, type(error).__name__, error)
 
 
 def _answer_to(error: Exception) -> tuple[int, str, int]:
@@ -129,7 +139,7 @@ def _answer_to(error: Exception) -> tuple[int, str, int]:
 async def _handle(connection: HTTPConnection, error: Exception) -> Response | None:
     if isinstance(connection, WebSocket):
         _, text, code = _answer_to(error)
-        _logger.warning("websocket %s: closed with %d", connection.url.path, code, exc_info=error)
+        _log(f"websocket {connection.url.path}: closed with {code}", error, is_failure=isinstance(error, WorkerDied))
         await connection.close(code, text)
         return None
     return _respond(connection, error)  # type: ignore[arg-type]  # there is no third kind
