@@ -90,6 +90,9 @@ class Server:
     def get(self, path: str, **params: Any) -> httpx2.Response:
         return httpx2.get(self.url + path, params=params, timeout=60)
 
+    def post(self, path: str, **params: Any) -> httpx2.Response:
+        return httpx2.post(self.url + path, params=params, timeout=60)
+
     def get_soon(self, path: str, **params: Any) -> Future[httpx2.Response]:
         return self._clients.submit(self.get, path, **params)
 
@@ -248,6 +251,23 @@ def test_a_server_whose_pool_cannot_start_says_why(serve: Serve) -> None:
     server.seconds_to_end(at_most=10)
     assert "ValueError: no model" in server.log
     assert "Application startup failed" in server.log
+
+
+def test_the_application_in_the_readme_works(serve: Serve, tmp_path: Path) -> None:
+    readme = (TESTS.parent / "README.md").read_text()
+    (block,) = (
+        each for each in re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL) if "FastAPI()" in each
+    )
+    assert len([line for line in block.splitlines() if line]) <= 12
+    (tmp_path / "main.py").write_text(block)
+    server = serve("uvicorn", "main:app")
+    assert server.post("/domains", text="see example.org, or www.python.org.").json() == [
+        "example.org",
+        "www.python.org",
+    ]
+    server.remember_processes()
+    server.signal(signal.SIGTERM)
+    server.seconds_to_end(at_most=3)
 
 
 # --- B10 ---
