@@ -4,11 +4,11 @@ Public names are loaded when they are first used, so that importing the package 
 the bottom up; imports point only downward:
 
     0  _frames _payload _errors _current _roles _waiting _forking _checks _settings _environment _chunks _sizing
-       _status _journal _settling _pace _sources
+       _status _journal _reports _settling _pace _sources
                           the wire, pickling, exceptions, the running task, roles of a process, waiting, forks, checks
                           of arguments, settings, those from the environment, cutting, limits, the page that pool and
-                          worker share, results that are not sent yet, how a process becomes a worker, sizes of batches,
-                          where their items come from
+                          worker share, results that are not sent yet, progress, how a process becomes a worker, sizes
+                          of batches, where their items come from
     1  _interrupts _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; what runs in a worker, and in a fork server; waiting in a task
     2  _process _fork_server _lease _dispatch
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ._chunks import split_text as split_text
     from ._current import Task as Task
     from ._current import current_task as current_task
+    from ._current import report as report
     from ._default import configure_default as configure_default
     from ._default import default_pool as default_pool
     from ._default import run as run
@@ -103,6 +104,7 @@ _HOMES = {
     "default_pool": "_default",
     "in_worker": "_roles",
     "offload": "_offload",
+    "report": "_current",
     "run": "_default",
     "run_sync": "_default",
     "split_evenly": "_chunks",

@@ -21,6 +21,7 @@ from ._errors import QueueTimeout, decode_error, describe_callable
 from ._frames import Kind, encode_call
 from ._lease import Lease
 from ._outcomes import Interruption, load_value, make_death_error, make_stop_error, name_task, read_interruption
+from ._reports import ReportingWaits
 from ._settings import encode_label
 from ._worker import Death, WorkerGone
 
@@ -79,7 +80,12 @@ class Call:
 
     def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
-        return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, self._body), waits)
+        call = encode_call(task_id, self._attempt, self._label, self._body)
+        if self._options.on_report is not None:
+            return with_reports(
+                worker, self._options.on_report, waits, lambda waits: worker.exchange(task_id, call, waits)
+            )
+        return worker.exchange(task_id, call, waits)
 
     def _value(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Any:
         """Return the value in an answer, or raise the error in it."""
@@ -144,6 +150,23 @@ async def run_attempt(
     if dispatcher.closed:
         supervisor.notify()  # it may be the last one that the pool waits for
     return outcome
+
+
+async def with_reports(
+    worker: Worker,
+    on_report: Callable[[Any], object],
+    waits: Waits,
+    exchange: Callable[[ReportingWaits], Awaitable[Frame]],
+) -> Frame:
+    """Pass on what a task reports while its answer is waited for, and last what it has reported before that."""
+    reporting = ReportingWaits(waits, worker.process.read_report, on_report)
+    try:
+        reply = await exchange(reporting)
+    except WorkerGone:
+        reporting.look()
+        raise
+    reporting.look()
+    return reply
 
 
 async def _wait_for_worker(

@@ -214,6 +214,7 @@ class PoolCalls:
         queue_timeout: float | Unset | None = UNSET,
         retries: int | Unset = UNSET,
         label: str | Unset | None = UNSET,
+        on_report: Callable[[Any], object] | Unset | None = UNSET,
     ) -> CpuPoolView:
         """Return a view of the pool whose calls have other options: `pool.options(timeout=5).run(fn, 1)`.
 
@@ -227,11 +228,16 @@ class PoolCalls:
                 and it has not run.  With 0, it runs only if a worker is idle.
             retries: how often the call is run again after its worker died.
             label: a name for the call, instead of the function's, in errors and in `current_task()`.
+            on_report: called as `on_report(value)` with what a task passes to `cpupool.report`; from the awaiting task
+                or thread, some 20 times a second at most, and with the last one before the call returns.  What it
+                raises ends the call.
 
         Raises:
             TypeError, ValueError: an option is not what it can be; the message names it.
         """
-        options = self._options.changed(timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label)
+        options = self._options.changed(
+            timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label, on_report=on_report
+        )
         return CpuPoolView(self._home, options)
 
     def as_executor(self) -> PoolExecutorFace:

@@ -17,10 +17,11 @@ import sys
 
 from . import _payload, _roles, _settling
 from ._batches import run_batch
-from ._current import Task, set_current_task
+from ._current import Task, set_current_task, set_reporter
 from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import FrameDecoder, Kind, encode_frame, split_call
 from ._interrupts import Interrupts, await_interrupts
+from ._reports import Reporter
 from ._status import FINISHED, PICKED_UP, RESIDENT, STAGE, STAGE_INITIALIZING, STAGE_READY, STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -153,6 +154,7 @@ def main(setup: Setup | PickledSetup) -> None:
     try:
         duties = setup.receive_duties(decoder)
         dumps = _payload.get_dumps(duties.serializer)
+        set_reporter(Reporter(page, setup.status, dumps))
         page[STAGE] = STAGE_INITIALIZING
         if duties.initializer is not None:
             duties.initializer(*duties.initargs)
@@ -188,6 +190,7 @@ def _finalize(finalizer: Callable[[], object]) -> None:
 def _become_no_worker(channel: socket.socket, interrupts: Interrupts) -> None:
     """Do in what a task has forked: it must not keep a dead worker's channel open, nor write in its status page."""
     channel.close()
+    set_reporter(None)
     interrupts.page = memoryview(bytearray(STATUS_PAGE_SIZE)).cast("Q")
 
 

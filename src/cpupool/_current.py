@@ -34,6 +34,32 @@ class Task:
         return f"<Task {self.id} label={self.label!r} attempt={self.attempt}{item}>"
 
 
+_reporter: Callable[[object], None] | None = None
+
+
+def report(value: object) -> None:
+    """Say how far the running task has come: `report({"done": 3, "of": 10})`.
+
+    Whoever awaits the task sees it, if they have asked to (`pool.options(on_report=...)`); the last one wins, and is
+    seen before the task's result.  It takes microseconds, and never waits.  Where no task runs it does nothing.
+
+    Args:
+        value: anything small that pickles; 64 kB at most, pickled.
+
+    Raises:
+        ValueError: it is larger.
+        Exception: what pickling it has raised.
+    """
+    if _reporter is not None and _running is not None:
+        _reporter(value)
+
+
+def set_reporter(reporter: Callable[[object], None] | None) -> None:
+    """Set what takes reports."""
+    global _reporter  # noqa: PLW0603  # a worker has one
+    _reporter = reporter
+
+
 _running: Task | Callable[[], Task] | None = None
 
 

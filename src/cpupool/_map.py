@@ -27,7 +27,7 @@ import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _payload
-from ._call import check_function, run_attempt
+from ._call import check_function, run_attempt, with_reports
 from ._checks import check_count
 from ._errors import decode_error
 from ._frames import BatchHead, Kind, encode_batch
@@ -387,6 +387,11 @@ class Flow:
             batch.seconds = results.seconds
 
     @property
+    def on_report(self) -> Callable[[Any], object] | None:
+        """What takes the reports of items."""
+        return self._options.on_report
+
+    @property
     def first_look(self) -> float:
         """After how many seconds without an answer a lane looks how far its worker has come."""
         return FIRST_LOOK if self._is_lazy else min(self._pace.budget, LONGEST_LOOK)
@@ -506,7 +511,12 @@ class _Delivery(NamedTuple):
 
     def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         frame = self.flow.encode(self.batch, task_id, worker)
-        return worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
+        on_report = self.flow.on_report
+        if on_report is None:
+            return worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
+        return with_reports(
+            worker, on_report, waits, lambda waits: worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
+        )
 
     @property
     def first_look(self) -> float:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 from . import _batches, _child, _settling, _status
 from ._forking import at_fork
-from ._journal import JOURNAL_SIZE, read_journal
+from ._journal import read_journal
+from ._reports import STACKS_OFFSET, read_report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _MAX_STACK_BYTES = 64 * 1024
 _NO_TASKS = (_child.__file__, _batches.__file__)  # the files whose frames are not a task's own
-_STACKS = _status.STATUS_PAGE_SIZE + JOURNAL_SIZE  # where they are in the status file
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -195,6 +195,10 @@ class WorkerProcess:
             return None
         return read_journal(self._read_cell, functools.partial(os.pread, self._status))
 
+    def read_report(self, seen: int) -> tuple[int, bytes] | None:
+        """Return number and value, pickled, of the last report of a task, unless that is number `seen`."""
+        return read_report(self._read_cell, functools.partial(os.pread, self._status), seen)
+
     def condemn(self, task_id: int, item: int = _status.EVERY_ITEM) -> None:
         """Let that task be interrupted: at its start, if it has not started, else by the next signal.
 
@@ -238,7 +242,7 @@ class WorkerProcess:
 
     def take_stack(self) -> str | None:
         """Return, and forget, the Python stack at a crash, or else the first that was written after an interrupt."""
-        text = os.pread(self._status, _MAX_STACK_BYTES, _STACKS).decode("utf-8", "replace")
+        text = os.pread(self._status, _MAX_STACK_BYTES, STACKS_OFFSET).decode("utf-8", "replace")
         if not text:
             return None
         self._forget_stacks()
@@ -250,8 +254,8 @@ class WorkerProcess:
         return None if stack in ("", _status.STACK_HEADING) else stack
 
     def _forget_stacks(self) -> None:
-        os.ftruncate(self._status, _STACKS)
-        os.lseek(self._status, _STACKS, os.SEEK_SET)  # of the worker too: it is one open file
+        os.ftruncate(self._status, STACKS_OFFSET)
+        os.lseek(self._status, STACKS_OFFSET, os.SEEK_SET)  # of the worker too: it is one open file
 
     def kill(self) -> None:
         """End the process and what it started, at once."""
@@ -326,7 +330,7 @@ def _open_status_file() -> int:
 
         with tempfile.TemporaryFile() as file:
             number = os.dup(file.fileno())
-    os.truncate(number, _STACKS)
+    os.truncate(number, STACKS_OFFSET)
     return number
 
 

@@ -12,8 +12,8 @@ import signal
 import socket
 import sys
 
-from ._journal import JOURNAL_SIZE, Journal, open_journal
-from ._status import STATUS_PAGE_SIZE
+from ._journal import Journal, open_journal
+from ._reports import STACKS_OFFSET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def close_listening_sockets() -> None:
 
 def open_status_file(status: int) -> Journal:
     """Return the journal, and with it the status page."""
-    os.lseek(status, STATUS_PAGE_SIZE + JOURNAL_SIZE, os.SEEK_SET)
+    os.lseek(status, STACKS_OFFSET, os.SEEK_SET)
     faulthandler.enable(status, all_threads=False)
     return open_journal(status)
 

@@ -25,14 +25,18 @@ T = TypeVar("T")
 SIGNAL_LATENCY = 0.5
 
 
-class Waits(Protocol):
-    """The ways in which a call waits."""
+class ChannelWaits(Protocol):
+    """How a task or a thread waits for a worker's channel."""
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
         """Wait until it can be read, or for so many seconds."""
         ...
 
     async def writable(self, channel: socket.socket) -> None: ...
+
+
+class Waits(ChannelWaits, Protocol):
+    """The ways in which a call waits."""
 
     def ticket(self) -> Ticket:
         """Make a ticket that this task or thread is going to wait for."""

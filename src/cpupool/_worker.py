@@ -26,7 +26,7 @@ from ._status import CRASH_HEADING, UNKNOWN_STATUS
 if TYPE_CHECKING:
     from ._frames import Frame
     from ._process import WorkerProcess
-    from ._waiting import Ticket, Waits
+    from ._waiting import ChannelWaits, Ticket
 
 _RECEIVE_SIZE = 64 * 1024
 _MAX_RECEIVE_SIZE = 1024 * 1024
@@ -182,7 +182,7 @@ class Worker:
         """True if it held more memory after its last task than it may, to go on."""
         return self.max_memory is not None and self.process.resident() > self.max_memory
 
-    async def exchange(self, task_id: int, call: bytes, waits: Waits) -> Frame:
+    async def exchange(self, task_id: int, call: bytes, waits: ChannelWaits) -> Frame:
         """Send a call, a whole frame, and wait for its answer.
 
         Raises:
@@ -212,7 +212,7 @@ class Worker:
         task_id: int,
         batch: bytes,
         size: int,
-        waits: Waits,
+        waits: ChannelWaits,
         lane: Lane,
     ) -> Frame:
         """Send a batch, a whole frame, and wait for its answer.
