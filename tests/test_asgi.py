@@ -178,6 +178,20 @@ async def test_a_start_that_the_application_reports_as_failed_stops_the_pool() -
         assert is_gone(pids[0])
 
 
+async def test_a_start_that_raises_is_no_want_of_a_lifespan() -> None:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        raise ZeroDivisionError("no database")
+
+    life = Life(PoolLifespan(app, CpuPool(1)))
+    with pytest.raises(ExceptionGroup) as caught:
+        async with life.lead():
+            pass
+    assert [type(each) for each in caught.value.exceptions] == [ZeroDivisionError]
+    assert life.answers == ["startup.failed"]
+    assert "no database" in life.text
+
+
 @pytest.mark.parametrize("is_shutting_down", [False, True])
 async def test_an_application_that_fails_later_fails_with_its_own_error(is_shutting_down: bool) -> None:
     pids = []

@@ -27,6 +27,10 @@ def make_app(pool: CpuPool) -> FastAPI:
     async def pid(pool: PoolDep) -> int:
         return await pool.run(tasks.get_pid)
 
+    @app.get("/images")
+    async def show_images(images: ImagePool) -> str:
+        return str(images)
+
     @app.get("/plain")
     def in_a_thread(pool: PoolDep) -> int:
         return pool.run_sync(tasks.add, 40, 2)
@@ -106,6 +110,8 @@ def test_what_cannot_be_installed_is_refused() -> None:
     app = make_app(CpuPool(1))
     with pytest.raises(ValueError, match="has a route '/health' already"):
         install(app, CpuPool(1), name="images")
+    with pytest.raises(ValueError, match="has a pool named 'pool' already"):
+        install(app, CpuPool(1), health=None)
     with TestClient(app), pytest.raises(RuntimeError, match="before the application starts"):
         install(app, CpuPool(1), name="images", health=None)
 
@@ -117,3 +123,7 @@ def test_d7_without_a_lifespan_the_cures_are_named_and_work() -> None:
     with CpuPool(1) as other:
         app.dependency_overrides[get_pool] = lambda: other
         assert not is_gone(TestClient(app).get("/pid").json())
+    with pytest.raises(PoolNotStarted, match=r"overrides\[cpupool\.fastapi\.pool_dep\('images'\)\.dependency\]"):
+        TestClient(app).get("/images")
+    app.dependency_overrides[pool_dep("images").dependency] = lambda: 42
+    assert TestClient(app).get("/images").json() == "42"

@@ -90,6 +90,21 @@ async def test_a_pool_that_is_entered_again_starts_anew() -> None:
     assert len(pids) == 3
 
 
+async def test_a_pool_whose_start_has_failed_or_was_given_up_may_be_entered_again_at_once(tmp_path: Path) -> None:
+    flaky = tasks.Flaky(tmp_path)
+    flaky.flag.touch()
+    pool = CpuPool(1, initializer=flaky)
+    for _ in range(2):
+        with pytest.raises(InitializerFailed):
+            await pool.__aenter__()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await pool.__aenter__()
+    flaky.flag.unlink()
+    async with pool:
+        assert await pool.run(tasks.add, 1) == 1
+
+
 async def test_a_pool_that_is_still_closing_cannot_be_entered(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
     async with anyio.create_task_group() as group, CpuPool(1) as pool:

@@ -192,6 +192,32 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", START_METHODS)
+def test_a_daemonic_process_may_have_a_pool(method: str, run_script: RunScript) -> None:
+    """As the servers of hypercorn are; multiprocessing would forbid it."""
+    done = run_script(
+        """
+import multiprocessing, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import cpupool, tasks
+
+def serve(method, connection):
+    with cpupool.CpuPool(1, mp_context=method) as pool:
+        connection.send(pool.run_sync(tasks.get_pid))
+    connection.send(multiprocessing.current_process().daemon)
+
+if __name__ == "__main__":
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(sys.argv[1], theirs), daemon=True)
+    process.start()
+    print(ours.recv() > 0, ours.recv())
+    process.join()
+""",
+        method,
+    )
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+@pytest.mark.parametrize("method", START_METHODS)
 def test_c3_what_workers_printed_and_registered_is_not_lost_at_the_end(method: str, run_script: RunScript) -> None:
     done = run_script(
         """
@@ -616,6 +642,9 @@ def _stall(run_script: RunScript, method: str, where: str) -> float:
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_c15_the_first_call_does_not_stall_the_loop(method: str, run_script: RunScript) -> None:
-    """Other programs stall a loop too, so it is tried again and again; the control is caught every time."""
-    assert any(_stall(run_script, method, "in the thread") < 0.002 for _ in range(30))
-    assert all(_stall(run_script, method, "on the loop") > 0.002 for _ in range(3))
+    """Other programs stall a loop too, so it is tried again and again; the control is caught every time.
+
+    It takes 1 to 2 ms on a quiet machine, and never more than the 5 ms that CPython lets another thread run on.
+    """
+    assert any(_stall(run_script, method, "in the thread") < 0.005 for _ in range(30))
+    assert all(_stall(run_script, method, "on the loop") > 0.01 for _ in range(3))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import items
@@ -102,6 +105,16 @@ def test_a_websocket_finds_the_pool() -> None:
         assert websocket.receive_json() == 42
 
 
+def test_a_name_that_the_application_uses_itself_is_refused() -> None:
+    @asynccontextmanager
+    async def inner(app: Starlette) -> AsyncIterator[dict[str, str]]:
+        yield {"pool": "of database connections"}
+
+    app = Starlette(lifespan=lifespan(CpuPool(1), inner=inner))
+    with pytest.raises(ValueError, match="the application's own lifespan yields 'pool' too"), TestClient(app):
+        pass
+
+
 def test_a_failing_initializer_fails_the_start_with_the_real_error() -> None:
     pool = CpuPool(1, initializer=items.fail, initargs=("model",))
     with pytest.raises(InitializerFailed) as caught, TestClient(Starlette(lifespan=lifespan(pool))):
@@ -141,7 +154,10 @@ def test_an_error_of_the_pool_is_a_response_that_says_nothing_of_the_inside(
         raise make()
 
     async def hang_up(websocket: WebSocket) -> None:
-        await websocket.accept()
+        if "accept" in websocket.query_params:
+            await websocket.accept()
+        if "close" in websocket.query_params:
+            await websocket.close()
         raise make()
 
     app = Starlette(
@@ -165,10 +181,16 @@ def test_an_error_of_the_pool_is_a_response_that_says_nothing_of_the_inside(
         assert type(record.exc_info[1]) is type(make())
     else:
         assert f"({type(make()).__name__}: {make()})" in record.getMessage(), "the log has it all"
-    with client.websocket_connect("/ws") as websocket, pytest.raises(WebSocketDisconnect) as caught:
+    with client.websocket_connect("/ws?accept=1") as websocket, pytest.raises(WebSocketDisconnect) as caught:
         websocket.receive_text()
     assert caught.value.code == code
     assert "secret" not in caught.value.reason
+    with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect("/ws"):
+        pass
+    assert (denied.value.status_code, denied.value.text) == (status, response.text)
+    with client.websocket_connect("/ws?accept=1&close=1") as websocket, pytest.raises(WebSocketDisconnect) as caught:
+        websocket.receive_text()
+    assert caught.value.code == 1000
 
 
 def test_what_a_task_raises_is_the_application_s_own_affair() -> None:
@@ -208,25 +230,36 @@ async def run_in_body(request: Request) -> Response:
         size = len(await request.body())
     elif how == "stream":
         size = sum([len(chunk) async for chunk in request.stream()])
-    elif how == "half":
-        async for chunk in request.stream():
-            size = len(chunk)
-            break
+    elif how == "twice":  # at the same time, and nobody has read the body yet
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(run_until_disconnect, request, tasks.add, 1)
     got = await run_until_disconnect(request, tasks.add, size, c=1)
     return JSONResponse([got, len(await request.body()) if how != "stream" else size])
 
 
+@pytest.mark.parametrize("has_middleware", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_call_whose_client_stays_is_as_any_other(backend: Any) -> None:
+def test_a_call_whose_client_stays_is_as_any_other(backend: Any, has_middleware: bool) -> None:
     async def fail(request: Request) -> Response:
         await run_until_disconnect(request, items.fail, "such thing")
         raise AssertionError("it went on")
 
+    async def pass_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        return await call_next(request)
+
     app = Starlette(
-        routes=[Route("/fail", fail), Route("/{how}", run_in_body, methods=["POST"])], lifespan=lifespan(CpuPool(1))
+        routes=[Route("/fail", fail), Route("/{how}", run_in_body, methods=["POST"])],
+        lifespan=lifespan(CpuPool(1)),
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=pass_on)] if has_middleware else [],
     )
     with TestClient(app, backend=backend) as client:
-        for how, expected in (("none", [1, 100_000]), ("body", [100_001, 100_000]), ("stream", [100_001, 100_000])):
+        for how, expected in (
+            ("none", [1, 100_000]),
+            ("twice", [1, 100_000]),
+            ("body", [100_001, 100_000]),
+            ("stream", [100_001, 100_000]),
+        ):
             assert client.post(f"/{how}", content=bytes(100_000)).json() == expected
         with pytest.raises(ValueError, match="no such thing"):  # itself, and not in a group
             client.get("/fail")

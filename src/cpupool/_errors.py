@@ -53,7 +53,7 @@ class PoolClosed(CpuPoolError):
     def __str__(self) -> str:
         return (
             f"{self.name} is closed and takes no more calls. Make the calls inside its 'with' block, "
-            "or create a new pool: a closed one does not open again."
+            "or create a new pool; a closed one opens again only when it is entered again."
         )
 
 
@@ -166,12 +166,14 @@ class PoolNotStarted(CpuPoolError):
         self.name = name
 
     def __str__(self) -> str:
+        named = f"cpupool.fastapi.pool_dep({self.name!r}).dependency"
+        dependency = "cpupool.fastapi.get_pool" if self.name == "pool" else named
         return (
             f"the application has no pool named {self.name!r}: its lifespan, which starts it, did not run or has none. "
             "(1) In a test, let it run: 'with TestClient(app) as client', not 'client = TestClient(app)'. (2) Give the "
             "application its pool: cpupool.fastapi.install(app, pool), or lifespan=cpupool.starlette.lifespan(pool). "
-            "(3) In a test without a lifespan, replace the dependency: "
-            "app.dependency_overrides[cpupool.fastapi.get_pool] = lambda: pool."
+            "(3) In a test of a FastAPI application without its lifespan, replace the dependency: "
+            f"app.dependency_overrides[{dependency}] = lambda: pool."
         )
 
 

@@ -92,13 +92,12 @@ class Interrupts:
 
     def _write_stack(self, frame: FrameType | None) -> None:
         """Write down where the task is, as `faulthandler` would."""
-        lines = [STACK_HEADING]
-        while frame is not None and len(lines) <= _MAX_FRAMES:
-            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
-            frame = frame.f_back
-        text = "\n".join((*lines, ""))
-        with contextlib.suppress(OSError):  # the task may have set itself a limit
-            os.write(self._stacks, text.encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(Exception):  # the task may be at the end of its memory, or of the files it may write
+            lines = [STACK_HEADING]
+            while frame is not None and len(lines) <= _MAX_FRAMES:
+                lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+                frame = frame.f_back
+            os.write(self._stacks, "\n".join((*lines, "")).encode("utf-8", "backslashreplace"))
 
 
 def _must_not_raise_in(frame: FrameType | None) -> bool:

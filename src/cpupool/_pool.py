@@ -273,10 +273,13 @@ class CpuPool(PoolCalls):
 
     async def __aenter__(self) -> Self:
         self._begin_anew()
+        waits = async_waits()
         try:
-            await self.warm_up()
+            await self._warm_up(waits)
         except BaseException:
             self._stop_soon()
+            with waits.shielded():
+                await self._close(0, waits)  # soon done: no call was accepted
             raise
         return self
 
@@ -299,6 +302,7 @@ class CpuPool(PoolCalls):
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:
             self._stop_soon()
+            run_to_end(self._close(0, BlockingWaits()))  # soon done: no call was accepted
             raise
         return self
 

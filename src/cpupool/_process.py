@@ -29,7 +29,7 @@ from ._journal import read_journal
 from ._reports import STACKS_OFFSET, read_report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
@@ -83,7 +83,8 @@ class WorkerProcess:
                 self._process = process_type(target=_child.main, args=(setup,), daemon=False)
                 self._process.name = _NameThatBeginsLife(name, changes, liveness)
                 _live.add(self)
-                self._process.start()
+                with _daemon_may_have_children():
+                    self._process.start()
                 self.pickled_duties = setup.pickled_duties
             except BaseException:
                 self.close()
@@ -319,6 +320,21 @@ def _main_path_without_file() -> str | None:
     """Return the path by which multiprocessing would import the main module, if there is no file."""
     path: str | None = multiprocessing.spawn.get_preparation_data("").get("init_main_from_path")
     return None if path is None or os.path.exists(path) else path
+
+
+@contextlib.contextmanager
+def _daemon_may_have_children() -> Iterator[None]:
+    """Let multiprocessing start a process in one that is daemonic, as hypercorn's are.
+
+    It refuses, because they would be left behind when that one is killed; ours end with their parent.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    is_daemon = config.pop("daemon", False)
+    try:
+        yield
+    finally:
+        if is_daemon:
+            config["daemon"] = True
 
 
 def _open_status_file() -> int:

@@ -38,10 +38,11 @@ EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until
 STAGE_SETTLING, STAGE_INITIALIZING, STAGE_READY = range(3)
 
 # Who does not expect it ignores it, no C library uses it, and many of them are one; real-time signals queue up.  Go
-# preempts with it for the same reasons.  SIGUSR1 and SIGUSR2 stay the users'.
+# preempts with it for the same reasons.
 INTERRUPT_SIGNAL = signal.SIGURG
 
-# Asks for the stack of a task that does not feel an interrupt: a real-time signal that no C library reserves.
+# Asks for the stack of a task that does not feel an interrupt: a real-time signal that no C library reserves, so that
+# SIGUSR1 and SIGUSR2 stay the users', where there are such signals.
 STACK_SIGNAL: int = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 # Signals that end a process and that others send; the rest are crashes.

@@ -11,7 +11,8 @@ only then does it tell the application.  So that it comes to that, the pool lear
 
 Theory of operation: the server tells an application to start and to shut down by messages (the lifespan protocol).
 They are passed on, each a little later: the start when the workers are ready, the end of the shutdown when they are
-gone.  An application that does not know the protocol leaves, by an exception or in silence; then it is answered for.
+gone.  An application that does not know the protocol leaves before it has read the first message, by an exception or in
+silence; then it is answered for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def closing_on_signals(pool: CpuPool) -> Iterator[None]:
     """Let a signal that tells the server to stop reach the pool too.
 
     Within the block, SIGTERM and SIGINT do what they did before, and `pool.close_soon()` besides.  That is done where a
-    server handles them, in its main thread; elsewhere, and for signals that nobody handles, it does nothing.
+    server handles them, in its main thread; elsewhere, and for signals that nobody handles, it does nothing.  A handler
+    that does not end the program is left with a closed pool.  In a lifespan of one's own, the pool is entered within:
+    `with closing_on_signals(pool): async with pool: ...`.
     """
     changed: dict[int, Any] = {}
     number: int
@@ -100,17 +103,20 @@ class PoolLifespan:
     async def _live(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         startup = await receive()
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(closing_on_signals(self.pool))
             try:
                 await stack.enter_async_context(self.pool)
             except Exception:
                 await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
                 raise
-            stack.enter_context(closing_on_signals(self.pool))
             between = _Between(startup, receive, send, self.pool)
             try:
                 await self.app(scope, between.receive, between.send)
             except Exception as error:
                 if between.has_started:
+                    raise
+                if between.has_asked:
+                    await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
                     raise
                 _logger.info("the application seems to have no lifespan: %s: %s", type(error).__name__, error)
             await between.finish()
@@ -120,12 +126,14 @@ class _Between:
     """Stands between server and application while it lives.
 
     Attributes:
-        has_started: True if the application has answered that it has started, or failed to.
+        has_asked: True if the application has taken the message that it is to start.
+        has_started: True if it has answered that it has started, or failed to.
     """
 
     def __init__(self, startup: Message, receive: Receive, send: Send, pool: CpuPool) -> None:
+        self.has_asked = False
         self.has_started = False
-        self._startup: Message | None = startup
+        self._startup = startup
         self._is_shutting_down = False
         self._has_ended = False
         self._receive = receive
@@ -134,9 +142,9 @@ class _Between:
 
     async def receive(self) -> Message:
         """Give the application the server's next message."""
-        if self._startup is not None:
-            message, self._startup = self._startup, None
-            return message
+        if not self.has_asked:
+            self.has_asked = True
+            return self._startup
         message = await self._receive()
         self._is_shutting_down = True
         return message

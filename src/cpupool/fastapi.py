@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads the annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 __all__ = ["PoolDep", "get_pool", "install", "pool_dep"]
+
+_installed: WeakKeyDictionary[FastAPI, set[str]] = WeakKeyDictionary()  # the names of their pools
 
 
 async def get_pool(connection: HTTPConnection) -> CpuPool:
@@ -33,7 +36,8 @@ async def get_pool(connection: HTTPConnection) -> CpuPool:
 def pool_dep(name: str = "pool") -> Any:
     """Return the dependency on the pool that was installed under this name.
 
-    Give it a name of your own: `ImagePool = Annotated[CpuPool, pool_dep("images")]`, then `pool: ImagePool`.
+    Give it a name of your own: `ImagePool = Annotated[CpuPool, pool_dep("images")]`, then `pool: ImagePool`.  A test
+    overrides `pool_dep("images").dependency`.
     """
     return Depends(_getter(name))
 
@@ -62,7 +66,8 @@ def install(app: FastAPI, pool: CpuPool, *, name: str = "pool", health: str | No
         app: the application.
         pool: the pool; nothing is started before the application starts.
         name: for `pool_dep`, and in `request.state`.
-        health: the path of the route that says whether the pool works (`cpupool.starlette.health_route`), or None.
+        health: the path of the route that says whether the pool works (`cpupool.starlette.health_route`), or None; it
+            comes before all others.
 
     Raises:
         RuntimeError: the application has started.
@@ -70,13 +75,17 @@ def install(app: FastAPI, pool: CpuPool, *, name: str = "pool", health: str | No
     """
     if app.middleware_stack is not None:
         raise RuntimeError("install(app, pool) must be called before the application starts: where it is made")
+    names = _installed.setdefault(app, set())
+    if name in names:
+        raise ValueError(f"the application has a pool named {name!r} already; install(app, pool, name=...) another one")
     if health is not None and any(getattr(route, "path", None) == health for route in app.routes):
         raise ValueError(
             f"the application has a route {health!r} already; for a second pool write install(app, pool, "
             'name="images", health="/health/images"), or health=None'
         )
+    names.add(name)
     app.router.lifespan_context = starlette.lifespan(pool, inner=app.router.lifespan_context, state_key=name)
     for kind, handler in starlette.exception_handlers().items():
         app.exception_handlers.setdefault(kind, handler)
     if health is not None:
-        app.router.routes.append(starlette.health_route(pool, health))
+        app.router.routes.insert(0, starlette.health_route(pool, health))  # before one that matches everything

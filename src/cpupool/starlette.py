@@ -14,9 +14,10 @@ import anyio
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import (
+    CpuPoolError,
     InitializerFailed,
     PoolBroken,
     PoolClosed,
@@ -87,12 +88,17 @@ def lifespan(
 
     @contextlib.asynccontextmanager
     async def live(app: Any) -> AsyncGenerator[dict[str, Any]]:
-        async with pool:
-            with closing_on_signals(pool):
+        with closing_on_signals(pool):  # also while it starts: to load a model takes long
+            async with pool:
                 if inner is None:
                     yield {state_key: pool}
                     return
                 async with inner(app) as state:
+                    if (state or {}).get(state_key, pool) is not pool:
+                        raise ValueError(
+                            f"the application's own lifespan yields {state_key!r} too; give the pool another name: "
+                            "lifespan(pool, state_key='cpu'), or install(app, pool, name='cpu') and pool_dep('cpu')"
+                        )
                     yield {**(state or {}), state_key: pool}
 
     return live
@@ -116,8 +122,14 @@ def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
 
 def _respond(connection: Request, error: Exception) -> Response:
     """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
-    status, text, _ = _answer_to(error)
+    response = _make_response(error)
+    status = response.status_code
     _log(f"{connection.method} {connection.url.path}: {status}", error, is_failure=status == 500)
+    return response
+
+
+def _make_response(error: Exception) -> JSONResponse:
+    status, text, _ = _answer_to(error)
     headers = None
     if isinstance(error, PoolFull):
         headers = {"Retry-After": str(max(math.ceil(error.retry_after), 1))}
@@ -138,11 +150,26 @@ def _answer_to(error: Exception) -> tuple[int, str, int]:
 
 async def _handle(connection: HTTPConnection, error: Exception) -> Response | None:
     if isinstance(connection, WebSocket):
-        _, text, code = _answer_to(error)
-        _log(f"websocket {connection.url.path}: closed with {code}", error, is_failure=isinstance(error, WorkerDied))
-        await connection.close(code, text)
+        await _hang_up(connection, error)
         return None
     return _respond(connection, error)  # type: ignore[arg-type]  # there is no third kind
+
+
+async def _hang_up(websocket: WebSocket, error: Exception) -> None:
+    """Refuse a websocket that was not accepted yet, with a response where the server can do that; close another."""
+    status, text, code = _answer_to(error)
+    is_failure = status == 500
+    path = websocket.url.path
+    if websocket.application_state is WebSocketState.CONNECTING:
+        _log(f"websocket {path}: {status}", error, is_failure=is_failure)
+        if "websocket.http.response" in websocket.scope.get("extensions", {}):
+            await websocket.send_denial_response(_make_response(error))
+            return
+    else:
+        _log(f"websocket {path}: closed with {code}", error, is_failure=is_failure)
+    if websocket.application_state is not WebSocketState.DISCONNECTED:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
+            await websocket.close(code, text)
 
 
 async def _forget(request: Request, error: Exception) -> Response:  # noqa: ARG001
@@ -154,7 +181,8 @@ def exception_handlers() -> dict[type[Exception], Callable[..., Any]]:
 
     `PoolFull` becomes 503 with `Retry-After`, `QueueTimeout` 503, `TaskTimeout` 504, `PoolClosed`, `PoolBroken` and
     `InitializerFailed` 503, `WorkerDied` 500.  The response says no more than that; the error goes to the log, under
-    the name "cpupool".  A websocket is closed, with 1011, 1012 or 1013.  Errors of a task itself stay as they are.
+    the name "cpupool".  A websocket gets the same response before it is accepted, where the server can give one, and is
+    closed with 1011, 1012 or 1013 after that.  Errors of a task itself stay as they are.
     """
     return {**dict.fromkeys(_ANSWERS, _handle), ClientDisconnect: _forget}
 
@@ -166,13 +194,16 @@ def exception_handlers() -> dict[type[Exception], Callable[..., Any]]:
 async def until_disconnect(request: Request) -> AsyncGenerator[None]:
     """Cancel what runs in an `async with` block when the client has gone.
 
+    The request's body is read before the block begins, and kept, as `request.body()` does it; a body that is to be read
+    as a stream has to be read before.
+
     Raises:
         ClientDisconnect: that has happened; the handler in `exception_handlers` swallows it.
-        RuntimeError: the body is being read as a stream, and has not come to its end.
 
     Cancellation: of the block, as anyio's; a pool's call in it stops.
     """
-    await _read_body(request)
+    async with request.scope.setdefault("cpupool.reading", anyio.Lock()):  # there may be several blocks at a time
+        await _read_body(request)
     is_done = False
     failure: Exception | None = None
 
@@ -205,9 +236,9 @@ async def _read_body(request: Request) -> None:
 
 
 async def run_until_disconnect(request: Request, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `fn(*args, **kwargs)` in the application's pool, and stop it when the client leaves.
+    """Run `fn(*args, **kwargs)` in the application's pool, the one named "pool", and stop it when the client leaves.
 
-    For a call with options, or for several, see `until_disconnect`.
+    For another pool, a call with options, or several, see `until_disconnect`.
 
     Raises:
         ClientDisconnect: the client has left.
@@ -232,8 +263,8 @@ def health_route(pool: CpuPool, path: str = "/health") -> Route:
 
     async def answer(request: Request) -> JSONResponse:  # noqa: ARG001
         if pool.health == "broken" and not pool.is_closed:
-            with anyio.move_on_after(LONGEST_PROBE), contextlib.suppress(PoolBroken, InitializerFailed, PoolFull):
-                await pool.run(int)
+            with anyio.move_on_after(LONGEST_PROBE), contextlib.suppress(CpuPoolError):
+                await pool.options(timeout=None, queue_timeout=None, retries=0).run(int)
         health = pool.health
         return JSONResponse({"status": health}, status_code=503 if health == "broken" else 200)
 
