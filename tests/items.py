@@ -299,3 +299,9 @@ def fill_or_spin(item: str | int) -> bytes:
             pass
     except cpupool.TaskInterrupted:
         raise SlowToSay from None
+
+
+def fail_at_one(item: int) -> int:
+    if item == 1:
+        raise ValueError(item)
+    return item

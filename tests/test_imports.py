@@ -44,10 +44,10 @@ LAYERS = [
     {"_serving", "_births", "_stopping", "_memory"},
     {"_supervisor"},
     {"_call", "_segments", "_map", "_stream", "_driver", "_executor"},
-    {"_calls", "_pool", "_default", "_offload"},
+    {"_calls", "_pool", "_inline", "_default", "_offload"},
     {"__init__"},
-    {"executor", "domains", "progress", "asgi", "_doctor"},
-    {"starlette", "__main__"},
+    {"executor", "domains", "progress", "asgi", "testing", "_doctor"},
+    {"starlette", "_pytest_plugin", "__main__"},
     {"fastapi"},
 ]
 

@@ -23,12 +23,15 @@ the bottom up; imports point only downward:
     7  _call _segments _map _stream _driver _executor
                           one call on its way; many items, and their results; calls through concurrent.futures, and
                           their thread
-    8  _calls _pool _default _offload
-                          CpuPool and its views; the process's default pool; functions that run in one
+    8  _calls _pool _inline _default _offload
+                          CpuPool and its views; one without workers; the process's default pool; functions that run
+                          in one
     9  __init__            this file
-    10 executor domains progress asgi _doctor
-                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications
-    11 starlette __main__  those of Starlette; the command line
+    10 executor domains progress asgi testing _doctor
+                          a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
+                          tests of applications
+    11 starlette _pytest_plugin __main__
+                          those of Starlette; fixtures for pytest; the command line
     12 fastapi             those of FastAPI
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from ._call import Call
 from ._settings import UNSET, CallOptions, Unset
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
 
@@ -61,7 +60,8 @@ class PoolCalls:
             (`TaskInterrupted` is raised in it), and its worker lives on; if it has not ended after `grace` seconds, the
             worker is killed and replaced.
         """
-        result: T = await Call(fn, args, kwargs, self._options).complete(self._supervisor, async_waits())
+        call = self._home._make_call(fn, args, kwargs, self._options)
+        result: T = await call.complete(self._supervisor, async_waits())
         return result
 
     def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -74,7 +74,7 @@ class PoolCalls:
         Cancellation: Ctrl-C in the main thread stops the task.
         """
         refuse_in_event_loop("run_sync", "await pool.run(...)")
-        call = Call(fn, args, kwargs, self._options)
+        call = self._home._make_call(fn, args, kwargs, self._options)
         result: T = run_to_end(call.complete(self._supervisor, BlockingWaits()))
         return result
 
@@ -131,11 +131,11 @@ class PoolCalls:
 
         Cancellation: as `run`, for all items that run; generators among the iterables are closed.
         """
-        from ._map import Flow, FlowOptions  # here: it loads anyio, which most callers of a pool never need
+        from ._map import FlowOptions  # here: it loads anyio, which most callers of a pool never need
         from ._stream import map_items
 
         flow_options = FlowOptions(return_exceptions=return_exceptions, chunksize=chunksize)
-        flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
+        flow = self._home._open_flow(fn, iterables, self._options, flow_options)
         return await map_items(flow, return_exceptions=return_exceptions, on_progress=on_progress)
 
     @overload
@@ -194,7 +194,7 @@ class PoolCalls:
 
         Cancellation: as `map`.
         """
-        from ._map import Flow, FlowOptions
+        from ._map import FlowOptions
         from ._stream import Stream
 
         flow_options = FlowOptions(
@@ -204,7 +204,7 @@ class PoolCalls:
             buffersize=buffersize,
             ordered=ordered,
         )
-        flow = Flow(self._supervisor, async_waits(), fn, iterables, self._options, flow_options)
+        flow = self._home._open_flow(fn, iterables, self._options, flow_options)
         return Stream(flow, return_exceptions=return_exceptions)
 
     def options(

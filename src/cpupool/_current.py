@@ -34,7 +34,7 @@ class Task:
         return f"<Task {self.id} label={self.label!r} attempt={self.attempt}{item}>"
 
 
-_reporter: Callable[[object], None] | None = None
+_reporter: Callable[[object], object] | None = None
 
 
 def report(value: object) -> None:
@@ -54,7 +54,7 @@ def report(value: object) -> None:
         _reporter(value)
 
 
-def set_reporter(reporter: Callable[[object], None] | None) -> None:
+def set_reporter(reporter: Callable[[object], object] | None) -> None:
     """Set what takes reports."""
     global _reporter  # noqa: PLW0603  # a worker has one
     _reporter = reporter

@@ -69,6 +69,12 @@ class FlowOptions(NamedTuple):
     buffersize: int | None = None
     ordered: bool = False
 
+    def check(self) -> None:
+        """Raise TypeError or ValueError if one is not what it can be."""
+        for name in ("chunksize", "buffersize"):
+            if (size := getattr(self, name)) is not None:
+                check_count(name, size, at_least=1)
+
 
 class _Batch:
     """Some items on their way.
@@ -125,9 +131,7 @@ class Flow:
         options: CallOptions,
         flow_options: FlowOptions,
     ) -> None:
-        for name in ("chunksize", "buffersize"):
-            if (size := getattr(flow_options, name)) is not None:
-                check_count(name, size, at_least=1)
+        flow_options.check()
         check_function(fn, "stream" if flow_options.is_lazy else "map")
         self._function = _payload.dumps_function(fn, options.dumps)
         self._source = open_source(iterables)

@@ -6,11 +6,13 @@ Its calls are in `_calls`; what happens to the workers meanwhile, in `_superviso
 from __future__ import annotations
 
 import atexit
+import os
 import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from ._call import Call
 from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
 from ._errors import PoolClosed
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ._map import FlowOptions
     from ._settings import CallOptions
+    from ._stream import Segments
     from ._supervisor import Health
     from ._waiting import Waits
 
@@ -84,6 +88,14 @@ class CpuPool(PoolCalls):
 
     _supervisor: Supervisor
     _options: CallOptions
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make a pool without workers where the environment says so (`CPUPOOL_MODE=inline`)."""
+        if cls is CpuPool and is_inline_mode():
+            from ._inline import InlinePool
+
+            return super().__new__(InlinePool)  # type: ignore[return-value]  # it is one of these
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -194,6 +206,18 @@ class CpuPool(PoolCalls):
     @property
     def _home(self) -> CpuPool:
         return self
+
+    def _make_call(
+        self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
+    ) -> Call:
+        return Call(fn, args, kwargs, options)
+
+    def _open_flow(
+        self, fn: Callable[..., Any], iterables: tuple[Any, ...], options: CallOptions, flow_options: FlowOptions
+    ) -> Segments:
+        from ._map import Flow
+
+        return Flow(self._supervisor, async_waits(), fn, iterables, options, flow_options)
 
     # --- start and end ---
 
@@ -346,6 +370,18 @@ class CpuPool(PoolCalls):
         self._dispatcher.closed = closed
 
 
+def is_inline_mode() -> bool:
+    """Return True if the environment says that pools are to have no workers.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    mode = os.environ.get("CPUPOOL_MODE", "").strip().lower()
+    if mode not in ("", "inline", "processes"):
+        raise ValueError(f"the environment variable CPUPOOL_MODE is {mode!r}; it can be 'inline' or 'processes'")
+    return mode == "inline"
+
+
 def _drain_after(kind: type[BaseException] | None) -> float | None:
     """Return how long to drain a pool whose block was left: not at all by Ctrl-C, or when its task was cancelled."""
     return None if kind is None or issubclass(kind, Exception) else 0
@@ -354,8 +390,13 @@ def _drain_after(kind: type[BaseException] | None) -> float | None:
 # --- the process's end, and its forks ---
 
 
+def list_running_pools() -> list[CpuPool]:
+    """Return the pools of this process that run: they have been used or entered, and their end is still to come."""
+    return [pool for pool in list(_pools) if pool._supervisor.is_running]
+
+
 def _close_at_exit() -> None:
-    pools = [pool for pool in list(_pools) if pool._supervisor.is_running]
+    pools = list_running_pools()
     for pool in pools:
         pool._supervisor.stop_soon()
     for pool in pools:
