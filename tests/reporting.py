@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
+import time
 from typing import Any
 
 import cpupool
@@ -41,6 +43,35 @@ def report_in_a_fork() -> None:
             cpupool.report("child")
         os._exit(0)
     os.waitpid(pid, 0)
+
+
+def report_for(seconds: float, size: int) -> int:
+    """Report without a pause, each value larger by one."""
+    end = time.monotonic() + seconds
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        cpupool.report((number, bytes(size)))
+    return number
+
+
+def report_until_seen(path: str) -> None:
+    """Report, and wait until somebody has heard it."""
+    cpupool.report("here")
+    while not os.path.exists(path):
+        time.sleep(0.001)
+
+
+class Vanishing:
+    """Ends the program that unpickles it, if that may."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def report_vanishing() -> str:
+    cpupool.report(Vanishing())
+    return "result"
 
 
 def report_lambda() -> None:

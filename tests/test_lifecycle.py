@@ -105,6 +105,20 @@ async def test_a_pool_whose_start_has_failed_or_was_given_up_may_be_entered_agai
         assert await pool.run(tasks.add, 1) == 1
 
 
+async def test_entering_a_pool_that_others_use_does_not_stop_them_when_it_fails(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with anyio.create_task_group() as group:
+        pool = CpuPool(1)
+        group.start_soon(pool.run, tasks.hold_and_return_much, *gate.arguments, 1)
+        await anyio.to_thread.run_sync(gate.wait_until_begun)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await pool.__aenter__()
+        await anyio.to_thread.run_sync(gate.open)
+    assert not pool.is_closed
+    await pool.aclose()
+
+
 async def test_a_pool_that_is_still_closing_cannot_be_entered(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
     async with anyio.create_task_group() as group, CpuPool(1) as pool:

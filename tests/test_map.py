@@ -382,6 +382,12 @@ async def test_an_item_s_time_begins_when_the_one_before_has_ended_however_it_di
     assert [type(each) for each in got[300:]] == [ValueError, float, ValueError, float]
 
 
+async def test_a_stream_that_was_not_entered_says_so() -> None:
+    async with CpuPool(1) as pool:
+        with pytest.raises(TypeError, match="a stream is a context manager"):
+            await anext(pool.stream(abs, [1]))
+
+
 async def test_an_interrupted_item_has_its_grace_although_the_results_before_it_have_yet_to_be_sent(
     tmp_path: Path,
 ) -> None:

@@ -46,6 +46,45 @@ async def test_d3_the_last_report_is_seen_before_the_result_and_others_may_be_le
     assert len(seen) < 1000
 
 
+@pytest.mark.parametrize("size", [1, 60_000])
+async def test_d3_a_task_that_reports_without_a_pause_is_heard_all_the_same(size: int) -> None:
+    """Its reports are overwritten while they are read."""
+    seen: list[int] = []
+    async with CpuPool(1) as pool:
+        view = pool.options(on_report=lambda value: seen.append(value[0]))
+        last = await view.run(reporting.report_for, 1.0, size)
+    assert len(seen) >= 5
+    assert seen == sorted(seen)
+    assert seen[-1] == last
+
+
+@pytest.mark.parametrize("how", ["run_sync", "map", "stream"])
+async def test_d3_reports_are_seen_by_threads_and_in_maps_too(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "seen"
+
+    def on_report(value: str) -> None:
+        path.write_text(value)
+
+    async with CpuPool(1) as pool:
+        view = pool.options(timeout=20, on_report=on_report)
+        if how == "run_sync":
+            await anyio.to_thread.run_sync(view.run_sync, reporting.report_until_seen, str(path))
+        elif how == "map":
+            await view.map(reporting.report_until_seen, [str(path)] * 3)
+        else:
+            async with view.stream(reporting.report_until_seen, [str(path)]) as results:
+                assert [each async for each in results] == [None]
+    assert path.read_text() == "here"
+
+
+async def test_a_report_that_cannot_be_rebuilt_costs_nobody_a_result(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[object] = []
+    async with CpuPool(1) as pool:
+        assert await pool.options(on_report=seen.append).run(reporting.report_vanishing) == "result"
+    assert seen == []
+    assert "a task's report cannot be rebuilt here: SystemExit: 3" in caplog.text
+
+
 @pytest.mark.parametrize("end", ["error", "timeout", "death"])
 async def test_d3_the_last_report_is_seen_however_the_task_ends(end: str) -> None:
     seen: list[object] = []
@@ -63,7 +102,7 @@ async def test_d3_the_last_report_is_seen_however_the_task_ends(end: str) -> Non
     assert seen == [end]
 
 
-async def test_a_report_of_one_task_is_never_taken_for_another_s() -> None:
+async def test_what_a_task_has_reported_is_not_taken_for_the_next_one_s() -> None:
     seen: list[int] = []
     async with CpuPool(1) as pool:
         await pool.run(reporting.report_all, [1, 2])  # nobody asks
@@ -102,12 +141,13 @@ async def test_threads_of_a_task_may_report() -> None:
     seen: list[list[int]] = []
     async with CpuPool(1) as pool:
         await pool.options(on_report=seen.append).run(reporting.report_from_threads)
+    assert seen
     assert all(len(set(each)) == 1 and len(each) == 1000 for each in seen)
 
 
 async def test_what_cannot_be_reported_is_the_task_s_error() -> None:
     async with CpuPool(1) as pool:
-        with pytest.raises(ValueError, match=r"this bytes takes 100,\d+ bytes pickled, and 65,536 is the most"):
+        with pytest.raises(ValueError, match=r"this bytes takes 100,\d+ bytes pickled, and 65,528 is the most"):
             await pool.run(reporting.report_all, [bytes(100_000)])
         with pytest.raises(Exception, match="lambda"):
             await pool.run(reporting.report_lambda)

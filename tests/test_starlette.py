@@ -15,7 +15,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
@@ -41,6 +41,7 @@ from cpupool.starlette import (
     health_route,
     lifespan,
     run_until_disconnect,
+    until_disconnect,
 )
 
 BACKENDS = ["asyncio", "trio"]
@@ -263,6 +264,30 @@ def test_a_call_whose_client_stays_is_as_any_other(backend: Any, has_middleware:
             assert client.post(f"/{how}", content=bytes(100_000)).json() == expected
         with pytest.raises(ValueError, match="no such thing"):  # itself, and not in a group
             client.get("/fail")
+
+
+@pytest.mark.anyio
+async def test_all_blocks_of_a_request_hear_that_the_client_has_left(anyio_backend_name: str) -> None:
+    """Servers say so once."""
+    send, receive = anyio.create_memory_object_stream[dict[str, Any]](2)
+    stopped = []
+
+    async def block(request: Request) -> None:
+        with pytest.raises(ClientDisconnect):
+            async with until_disconnect(request):
+                await anyio.sleep_forever()
+        stopped.append(1)
+
+    with send, receive:
+        request = Request({"type": "http", "method": "GET", "path": "/", "headers": []}, receive.receive)
+        send.send_nowait({"type": "http.request", "body": b"", "more_body": False})
+        async with anyio.create_task_group() as group:
+            group.start_soon(block, request)
+            group.start_soon(block, request)
+            await anyio.wait_all_tasks_blocked()
+            send.send_nowait({"type": "http.disconnect"})
+        await block(request)
+    assert len(stopped) == 3
 
 
 # --- probes ---

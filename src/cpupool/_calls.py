@@ -228,9 +228,10 @@ class PoolCalls:
                 and it has not run.  With 0, it runs only if a worker is idle.
             retries: how often the call is run again after its worker died.
             label: a name for the call, instead of the function's, in errors and in `current_task()`.
-            on_report: called as `on_report(value)` with what a task passes to `cpupool.report`; from the awaiting task
-                or thread, some 20 times a second at most, and with the last one before the call returns.  What it
-                raises ends the call.
+            on_report: called as `on_report(value)` with what a task passes to `cpupool.report`; on the event loop, or
+                in the thread, that waits, some 20 times a second at most, and with the last one before the call
+                returns.  What it raises ends the call.  The items of a `map` report as they run, mixed: let them say
+                which they are.
 
         Raises:
             TypeError, ValueError: an option is not what it can be; the message names it.

@@ -43,6 +43,8 @@ def report(value: object) -> None:
     Whoever awaits the task sees it, if they have asked to (`pool.options(on_report=...)`); the last one wins, and is
     seen before the task's result.  It takes microseconds, and never waits.  Where no task runs it does nothing.
 
+    A task that is tried again reports from the beginning.  A thread that outlives its task reports for the next one.
+
     Args:
         value: anything small that pickles; 64 kB at most, pickled.
 

@@ -298,12 +298,14 @@ class CpuPool(PoolCalls):
     async def __aenter__(self) -> Self:
         self._begin_anew()
         waits = async_waits()
+        is_first = not self._supervisor.is_running
         try:
             await self._warm_up(waits)
         except BaseException:
-            self._stop_soon()
-            with waits.shielded():
-                await self._close(0, waits)  # soon done: no call was accepted
+            if is_first:  # else others use it
+                self._stop_soon()
+                with waits.shielded():
+                    await self._close(0, waits)  # soon done: no call was accepted
             raise
         return self
 
@@ -322,11 +324,13 @@ class CpuPool(PoolCalls):
     def __enter__(self) -> Self:
         refuse_in_event_loop("with pool", "async with pool")
         self._begin_anew()
+        is_first = not self._supervisor.is_running
         try:
             run_to_end(self._warm_up(BlockingWaits()))
         except BaseException:
-            self._stop_soon()
-            run_to_end(self._close(0, BlockingWaits()))  # soon done: no call was accepted
+            if is_first:  # else others use it
+                self._stop_soon()
+                run_to_end(self._close(0, BlockingWaits()))  # soon done: no call was accepted
             raise
         return self
 

@@ -1,11 +1,11 @@
 """What a running task says of its progress: how it is written down in the worker, and read here.
 
-Theory of operation: a report stands in the worker's status file, behind the journal, where the next one takes its
-place.  So it costs the task no message, and nobody who is slow to read can hold it up.  Whoever wants the reports of a
+Theory of operation: reports stand in the worker's status file, behind the journal, in a few slots that they take in
+turn.  So they cost the task no message, and nobody who is slow to read can hold it up.  Whoever wants the reports of a
 call looks there a few times a second while waiting for its answer, and once more when that is here.
 
-Rules: the number of a report (`REPORTED`) is odd while it is being written; what is read between two equal, even
-numbers is whole.
+Rules: the worker notes the number of the report that it is about to write (`REPORTING`), and when it is there
+(`REPORTED`).  What was read of the last one is whole if its slot's next one has not been begun meanwhile.
 
 The worker's side runs in the workers: stdlib and layer 0 only.
 """
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import _thread
 import mmap
+import struct
 
 from . import _payload
 from ._journal import JOURNAL_SIZE
-from ._status import REPORT_SIZE, REPORTED, STATUS_PAGE_SIZE
+from ._status import REPORTED, REPORTING, STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 
     from ._waiting import Waits
 
-MAX_REPORT = 64 * 1024  # bytes, pickled
-STACKS_OFFSET = STATUS_PAGE_SIZE + JOURNAL_SIZE + MAX_REPORT  # where stacks begin, in the status file
+MAX_REPORT = 64 * 1024 - 8  # bytes, pickled
+_SLOT = struct.Struct("<Q")  # at the beginning of each slot: the size of what follows
+_SLOT_SIZE = _SLOT.size + MAX_REPORT
+_SLOTS = 8
 _OFFSET = STATUS_PAGE_SIZE + JOURNAL_SIZE
+STACKS_OFFSET = _OFFSET + _SLOTS * _SLOT_SIZE  # where stacks begin, in the status file
+_TRIES = 5  # to read a report that is being overtaken
 
 LOOK_INTERVAL = 0.05  # seconds between two looks
 
@@ -39,25 +44,36 @@ class Reporter:
 
     def __init__(self, page: memoryview, status: int, dumps: Callable[[object], bytes]) -> None:
         self._page = page
-        self._slot = mmap.mmap(status, MAX_REPORT, offset=_OFFSET)
+        self._slots = mmap.mmap(status, _SLOTS * _SLOT_SIZE, offset=_OFFSET)
         self._dumps = dumps
         self._lock = _thread.allocate_lock()  # a task may have threads
 
     def __call__(self, value: object) -> None:
         """Write a report down; see `cpupool.report`."""
-        pickled = self._dumps(value)
-        if len(pickled) > MAX_REPORT:
-            raise ValueError(
-                f"report() is for small values: this {type(value).__name__} takes {len(pickled):,} bytes pickled, and "
-                f"{MAX_REPORT:,} is the most; let the task return what is large"
-            )
-        page = self._page
+        pickled = dump_report(value, self._dumps)
+        record = _SLOT.pack(len(pickled)) + pickled
+        size, page = len(record), self._page
         with self._lock:
-            number = page[REPORTED] | 1  # it is odd already if an interrupt has broken off the one before
+            number = page[REPORTED] + 1
+            page[REPORTING] = number
+            start = number % _SLOTS * _SLOT_SIZE
+            self._slots[start : start + size] = record
             page[REPORTED] = number
-            self._slot[: len(pickled)] = pickled
-            page[REPORT_SIZE] = len(pickled)
-            page[REPORTED] = number + 1
+
+
+def dump_report(value: object, dumps: Callable[[object], bytes]) -> bytes:
+    """Pickle what a task reports.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    pickled = dumps(value)
+    if len(pickled) > MAX_REPORT:
+        raise ValueError(
+            f"report() is for small values: this {type(value).__name__} takes {len(pickled):,} bytes pickled, and "
+            f"{MAX_REPORT:,} is the most; let the task return what is large"
+        )
+    return pickled
 
 
 def read_report(
@@ -70,9 +86,14 @@ def read_report(
         read: reads so many bytes of the status file, from such an offset.
         seen: the number of the one that was read last.
     """
-    while (number := read_cell(REPORTED)) != seen and not number % 2:
-        pickled = read(read_cell(REPORT_SIZE), _OFFSET)
-        if read_cell(REPORTED) == number:
+    for _ in range(_TRIES):
+        number = read_cell(REPORTED)
+        if number == seen:
+            break
+        start = _OFFSET + number % _SLOTS * _SLOT_SIZE
+        (size,) = _SLOT.unpack(read(_SLOT.size, start))
+        pickled = read(min(size, MAX_REPORT), start + _SLOT.size)
+        if read_cell(REPORTING) < number + _SLOTS:
             return number, pickled
     return None
 
@@ -103,4 +124,14 @@ class ReportingWaits:
         found = self._read(self._seen)
         if found is not None:
             self._seen, pickled = found
-            self._on_report(_payload.loads(pickled))
+            try:
+                value = _payload.loads_result(pickled)
+            except _payload.RebuildFailed as failed:
+                import logging  # here: no worker needs it
+
+                cause = failed.__cause__
+                logging.getLogger("cpupool").warning(
+                    "a task's report cannot be rebuilt here: %s: %s", type(cause).__name__, cause
+                )
+            else:
+                self._on_report(value)

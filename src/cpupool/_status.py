@@ -29,7 +29,7 @@ STATUS_PAGE_SIZE = mmap.PAGESIZE
 # The cells, each a native unsigned 64-bit number.  The first five hold task ids.
 PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
 CONDEMNED_ITEM, SENT, HELD, COLUMN, VOID, SINCE, CUT = range(7, 14)  # of a batch; SINCE in monotonic nanoseconds
-REPORTED, REPORT_SIZE = range(14, 16)  # see `_reports`
+REPORTED, REPORTING = range(14, 16)  # see `_reports`
 CELL_SIZE = 8
 BEFORE_FIRST = 2**64 - 2  # in CONDEMNED_ITEM: while the items are being unpickled
 EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until the items are there; in SINCE

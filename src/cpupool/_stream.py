@@ -65,9 +65,12 @@ class Stream(Generic[T]):
         await self._flow.__aexit__(kind, error, traceback)
 
     def __aiter__(self) -> Self:
+        self._check_entered()
+        return self
+
+    def _check_entered(self) -> None:
         if not self._flow.was_entered:
             raise TypeError("a stream is a context manager: 'async with pool.stream(fn, items) as results:'")
-        return self
 
     async def __anext__(self) -> T:
         """Return the next result.
@@ -89,6 +92,7 @@ class Stream(Generic[T]):
         return result
 
     async def _fetch(self) -> None:
+        self._check_entered()
         if self._is_fetching:
             raise RuntimeError("another task waits for the next result of this stream; let one task hand them out")
         self._is_fetching = True

@@ -163,7 +163,8 @@ async def _hang_up(websocket: WebSocket, error: Exception) -> None:
     if websocket.application_state is WebSocketState.CONNECTING:
         _log(f"websocket {path}: {status}", error, is_failure=is_failure)
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
-            await websocket.send_denial_response(_make_response(error))
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
+                await websocket.send_denial_response(_make_response(error))
             return
     else:
         _log(f"websocket {path}: closed with {code}", error, is_failure=is_failure)
@@ -202,14 +203,13 @@ async def until_disconnect(request: Request) -> AsyncGenerator[None]:
 
     Cancellation: of the block, as anyio's; a pool's call in it stops.
     """
-    async with request.scope.setdefault("cpupool.reading", anyio.Lock()):  # there may be several blocks at a time
-        await _read_body(request)
+    client = request.scope.setdefault("cpupool.client", _Client())
+    await client.read_body(request)
     is_done = False
     failure: Exception | None = None
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await client.leaves(request)
         group.cancel_scope.cancel()
 
     async with anyio.create_task_group() as group:
@@ -226,13 +226,28 @@ async def until_disconnect(request: Request) -> AsyncGenerator[None]:
         raise ClientDisconnect
 
 
-async def _read_body(request: Request) -> None:
-    """Read the body before others take its messages; one that the application has read as a stream is there."""
-    try:
-        await request.body()
-    except RuntimeError:
-        if not request._stream_consumed:
-            raise
+class _Client:
+    """Whether the client of a request is still there; one for all blocks in it, which take turns at the messages."""
+
+    def __init__(self) -> None:
+        self._reading = anyio.Lock()
+        self._has_read = False
+        self._listening = anyio.Lock()
+        self._has_left = False
+
+    async def read_body(self, request: Request) -> None:
+        """Read the body, before its messages are taken for others; what was read as a stream is there."""
+        async with self._reading:
+            if not self._has_read:
+                with contextlib.suppress(RuntimeError):  # it was read as a stream
+                    await request.body()
+                self._has_read = True
+
+    async def leaves(self, request: Request) -> None:
+        """Wait until the client has gone."""
+        async with self._listening:
+            while not self._has_left:
+                self._has_left = (await request.receive())["type"] == "http.disconnect"
 
 
 async def run_until_disconnect(request: Request, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
