@@ -748,3 +748,19 @@ def press_ctrl_c_after(fifo: str) -> None:
     with open(fifo) as file:
         file.read()
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def use_a_pool() -> int:
+    with cpupool.CpuPool(1) as pool:
+        return pool.run_sync(add, 1)
+
+
+def get_item(_: object) -> int | None:
+    task = cpupool.current_task()
+    return None if task is None else task.item
+
+
+def nap_and_describe() -> str | None:
+    time.sleep(0.01)
+    task = cpupool.current_task()
+    return None if task is None else task.label

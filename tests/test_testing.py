@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -11,13 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import cpupool
 import items
+import offloaded
 import reporting
 import tasks
 from conftest import environment
@@ -32,7 +36,7 @@ from cpupool import (
 )
 from cpupool.testing import InlinePool
 
-anyio = pytest.mark.anyio
+anyio_mark = pytest.mark.anyio
 
 
 # --- one pool is like the other ---
@@ -43,7 +47,7 @@ def make(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@anyio
+@anyio_mark
 async def test_d8_calls_give_the_same(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "initialised", [])
     async with make(1, initializer=tasks.initialise, initargs=("a", "b")) as pool:
@@ -66,7 +70,7 @@ async def numbers() -> AsyncIterator[int]:
         yield number
 
 
-@anyio
+@anyio_mark
 async def test_d8_errors_are_the_same(make: Any) -> None:
     async with make(1) as pool:
         with pytest.raises(ValueError, match="no thing") as caught:
@@ -99,6 +103,94 @@ async def test_d8_errors_are_the_same(make: Any) -> None:
     assert str(failed.value.__cause__) == "no model"
 
 
+async def slowly() -> AsyncIterator[int]:
+    for number in range(6):
+        if number % 3 == 0:
+            await anyio.sleep(0.1)
+        yield number
+
+
+@anyio_mark
+async def test_d8_a_wait_that_is_cancelled_loses_nothing(make: Any) -> None:
+    """`on_progress` cancels waits too."""
+    async with make(1) as pool:
+        assert await pool.map(items.same, slowly(), on_progress=lambda *_: None) == list(range(6))
+        got: list[int] = []
+        async with pool.stream(items.same, slowly()) as results:
+            while len(got) < 6:
+                with anyio.move_on_after(0.03):
+                    got.append(await anext(results))
+        assert got == list(range(6))
+
+
+@anyio_mark
+async def test_d8_a_loop_of_calls_can_be_cancelled(make: Any) -> None:
+    async with make(1) as pool:
+        with anyio.move_on_after(0.1) as scope:
+            while True:
+                await pool.run(tasks.add, 1)
+        assert scope.cancelled_caught
+
+
+@anyio_mark
+async def test_d8_offload_works_and_a_task_must_not_use_a_pool(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with make(1) as pool:
+        monkeypatch.setattr(offloaded, "pool", pool)
+        assert (await offloaded.nested(4))[1:] == (4, "nested")
+        with pytest.raises(RuntimeError, match="a worker must not use a pool"):
+            await pool.run(tasks.use_a_pool)
+
+
+@anyio_mark
+async def test_d8_what_a_closed_pool_says_is_no_item_s_failure(make: Any) -> None:
+    pool = make(1)
+    await pool.aclose()
+    with pytest.raises(PoolClosed) as caught:
+        await pool.map(items.same, [1], return_exceptions=True)
+    assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(TaskNotPicklable):
+        await make(1).map(lambda: 1, [])
+
+
+@anyio_mark
+async def test_d8_settings_hold(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "initialised", [])
+    lock = multiprocessing.get_context("spawn").Lock()
+    async with make(1, env={"MINE": "1"}, initializer=tasks.initialise, initargs=(lock,)) as pool:
+        assert await pool.run(os.getenv, "MINE") == "1"
+        assert os.getenv("MINE") is None
+        assert await pool.map(tasks.get_item, range(3)) == [0, 1, 2]
+        with pytest.raises(TaskTimeout):
+            await pool.options(timeout=0.05).run(items.fail_after, 0.2)
+        with pytest.raises(ValueError, match="report"):
+            await pool.run(reporting.report_all, [bytes(100_000)])
+        assert await pool.run(cpupool.in_worker)
+        assert not cpupool.in_worker()
+        pool.close_soon(0)
+        with pytest.raises(PoolClosed):
+            await call_for_ever(pool)
+    with pytest.raises(InitializerFailed):
+        async with make(1, initializer=sys.exit, initargs=(3,)):
+            pass
+
+
+async def call_for_ever(pool: CpuPool) -> None:
+    while True:
+        await pool.run(tasks.add, 1)
+
+
+def test_threads_take_turns() -> None:
+    seen: list[object] = []
+
+    def label_of(number: int) -> str | None:
+        return pool.options(label=str(number)).run_sync(tasks.nap_and_describe)
+
+    with InlinePool(initializer=seen.append, initargs=("initialized",)) as pool, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(label_of, range(8)))
+    assert seen == ["initialized"]
+    assert found == [str(number) for number in range(8)]
+
+
 def test_it_runs_here_and_now(inline_pool: InlinePool) -> None:
     assert inline_pool.run_sync(tasks.get_pid) == os.getpid()
     assert inline_pool.run_sync(threading.get_ident) == threading.get_ident()
@@ -118,6 +210,20 @@ def test_a_breakpoint_that_is_left_ends_the_program_s_call_too(inline_pool: Inli
         inline_pool.run_sync(tasks.raise_exception, bdb.BdbQuit)
     with pytest.raises(KeyboardInterrupt):
         inline_pool.run_sync(tasks.raise_exception, KeyboardInterrupt)
+
+
+def test_an_error_is_found_where_it_was_raised(inline_pool: InlinePool) -> None:
+    """By `pytest --pdb`: the last frame is the task's."""
+    with pytest.raises(ValueError, match="no thing") as caught:
+        inline_pool.run_sync(items.fail, "thing")
+    assert caught.traceback[-1].name == "fail"
+
+
+def test_a_finalizer_that_fails_says_so_and_is_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    with InlinePool(finalizer=functools.partial(items.fail, "end")) as pool:
+        pool.run_sync(tasks.add, 1)
+    assert pool.is_closed
+    assert "ValueError: no end" in capfd.readouterr().err
 
 
 def test_the_finalizer_runs_once_at_the_end(tmp_path: Path) -> None:
@@ -170,6 +276,29 @@ def test_dirty():
 
 def test_what_was_left_was_closed():
     assert kept.is_closed
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.usefixtures("no_worker_left")
+def test_forgetful():
+    cpupool.CpuPool(1, name="forgotten").run_sync(abs, 1)
+
+def test_in_any_order(inline_pool, cpu_pool, no_worker_left):
+    inline_pool.run_sync(abs, 1)
+    cpu_pool.run_sync(abs, 1)
+
+older = cpupool.CpuPool(1)
+
+@pytest.mark.usefixtures("no_worker_left")
+def test_uses_an_older_one():
+    older.run_sync(abs, 1)
+
+def test_closes_the_shared_one(cpu_pool):
+    with cpu_pool:
+        pass
+    older.close()
+
+def test_needs_the_shared_one(cpu_pool):
+    cpu_pool.run_sync(abs, 1)
 """
 
 
@@ -179,9 +308,9 @@ def test_the_fixtures_work_in_somebody_else_s_tests(tmp_path: Path) -> None:
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
-    assert "1 error" in done.stdout, done.stdout
-    assert "5 passed" in done.stdout
-    assert "pools that the test has started and not closed: <CpuPool 'kept'" in done.stdout
+    assert "10 passed, 2 errors" in done.stdout, done.stdout
+    for name in ("kept", "forgotten"):
+        assert f"the test has left pools open: {name}; use them in a 'with' block" in done.stdout
 
 
 def test_a_plain_asyncio_program_may_use_it() -> None:

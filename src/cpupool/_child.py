@@ -170,12 +170,12 @@ def main(setup: Setup | PickledSetup) -> None:
         channel.sendall(encode_frame(Kind.READY))
         _serve(channel, decoder, interrupts, journal, dumps, weighs_itself=duties.weighs_itself)
     if duties.finalizer is not None:
-        _finalize(duties.finalizer)
+        run_finalizer(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them
     _flush_output(load_libc=True)
 
 
-def _finalize(finalizer: Callable[[], object]) -> None:
+def run_finalizer(finalizer: Callable[[], object]) -> None:
     """Run the finalizer; nobody waits for its error, so it is printed."""
     try:
         finalizer()

@@ -5,14 +5,19 @@ Function, arguments, results and errors go through pickle all the same, so what 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from anyio.lowlevel import checkpoint
+import anyio
 
-from . import _payload
+from . import _payload, _roles
 from ._call import Call, check_function
+from ._calls import async_waits
+from ._child import run_finalizer
 from ._current import Task, set_current_task, set_reporter
 from ._errors import (
     STAGE_ARGUMENTS,
@@ -27,29 +32,33 @@ from ._errors import (
 )
 from ._outcomes import load_value, name_task
 from ._pool import CpuPool
+from ._reports import dump_report
 from ._segments import Segment, make_failure
 from ._sources import FedSource, open_source
+from ._waiting import BlockingWaits, running_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ._map import FlowOptions
     from ._settings import CallOptions, Settings
     from ._stream import Segments
     from ._supervisor import Health
-    from ._waiting import Ticket, Waits
+    from ._waiting import Tasks, Ticket, Waits
 
 
 class InlinePool(CpuPool):
     """A `CpuPool` without workers, for tests and debuggers: each call runs at once, where it is made.
 
     It takes the same arguments, has the same calls and raises the same errors.  Function, arguments, results and
-    exceptions still go through pickle; the initializer runs before the first call; `current_task` and `report` work.
-    So breakpoints, coverage and mocks reach what otherwise runs in another process.
+    exceptions still go through pickle; the initializer runs before the first call; `current_task`, `in_worker` and
+    `report` work, and a task must not use a pool.  So breakpoints, coverage and mocks reach what otherwise runs in
+    another process.
 
-    What needs such a process it cannot do.  The event loop stands still during a call.  A task cannot be stopped: one
-    that took longer than its `timeout` raises `TaskTimeout` when it is done.  A crash is the program's own.  One task
-    runs at a time, so nothing waits, and `queue_timeout`, `max_pending` and `retries` mean nothing.
+    What needs such a process it cannot do.  The event loop stands still during a call, and a task cannot run one of its
+    own while it does.  A task cannot be stopped: one that took longer than its `timeout` fails with `TaskTimeout` when
+    it is done.  A crash is the program's own.  One task runs at a time, whatever thread it comes from, so nothing
+    queues, and `queue_timeout`, `max_pending` and `retries` mean nothing.
     """
 
     def _set_up(self) -> None:
@@ -69,14 +78,21 @@ class InlinePool(CpuPool):
 
 
 class InlineSupervisor:
-    """What a pool without workers asks and tells its supervisor and its dispatcher."""
+    """What a pool without workers asks and tells its supervisor and its dispatcher.
+
+    Attributes:
+        closed: True once no new call is taken.
+        is_running: True from the initializer to the finalizer.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._tasks = 0
         self.max_workers = settings.max_workers or 1
         self.closed = False
-        self.is_running = False  # from the initializer to the finalizer
+        self.is_running = False
+        self._settings = settings
+        self._tasks = 0
+        self._close_at = float("inf")
+        self._lock = threading.RLock()  # the initializer, the finalizer and tasks run one at a time
 
     @property
     def health(self) -> Health:
@@ -85,33 +101,67 @@ class InlineSupervisor:
     def counts(self) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
 
-    def begin_task(self) -> int:
-        """Return the number of a new task; runs the initializer before the first."""
-        if self.closed:
-            raise PoolClosed(self._settings.name)
-        if not self.is_running:
-            self._initialize()
-        self._tasks += 1
-        return self._tasks
-
-    def _initialize(self) -> None:
-        settings = self._settings
-        dumps = _payload.get_dumps(settings.serializer)
-        initializer, initargs = _payload.loads(dumps((settings.initializer, settings.initargs)))
-        if initializer is not None:
+    @contextlib.contextmanager
+    def task(self, label: str | None, item: int | None) -> Iterator[None]:
+        """Be a worker that runs a task, in the block."""
+        with self._lock:
+            self.begin()
+            self._tasks += 1
+            set_current_task(Task(self._tasks, label, 1, item))
             try:
-                initializer(*initargs)
-            except Exception as error:
-                name = describe_callable(settings.initializer)
-                raise InitializerFailed(name, 0) from decode_error(encode_error(error, STAGE_TASK), name)
-        self.is_running = True
+                with self._as_worker():
+                    yield
+            finally:
+                set_current_task(None)
 
-    def want_all(self, ticket: Ticket) -> None:
-        try:
+    def begin(self) -> None:
+        """Be open, and have run the initializer.
+
+        Raises:
+            PoolClosed, InitializerFailed: that cannot be.
+            RuntimeError: a task asks.
+        """
+        _roles.refuse_pool_here()
+        with self._lock:
+            self.closed = self.closed or time.monotonic() >= self._close_at
             if self.closed:
                 raise PoolClosed(self._settings.name)
             if not self.is_running:
                 self._initialize()
+                self.is_running = True
+
+    def _initialize(self) -> None:
+        initializer = self._settings.initializer
+        if initializer is None:
+            return
+        try:
+            with self._as_worker():
+                initializer(*self._settings.initargs)  # not pickled: there may be locks among them
+        except BaseException as error:
+            if is_for_the_program(error):
+                raise
+            name = describe_callable(initializer)
+            raise InitializerFailed(name, os.getpid()) from decode_error(encode_error(error, STAGE_TASK), name)
+
+    @contextlib.contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        before = {name: os.environ.get(name) for name in self._settings.env or ()}
+        os.environ.update(self._settings.env or {})
+        try:
+            with _roles.playing_worker():
+                yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+    # --- what a pool tells its supervisor and its dispatcher ---
+
+    def want_all(self, ticket: Ticket) -> None:
+        try:
+            self.begin()
         except Exception as error:
             ticket.settle(error=error)
         else:
@@ -120,7 +170,7 @@ class InlineSupervisor:
     def run(self) -> None:
         """Nothing has to be started."""
 
-    notify = refuse_in_its_thread = run
+    notify = refuse_in_its_thread = hurry = run
 
     def post(self, order: Callable[..., object], *args: object) -> None:
         order(*args)
@@ -128,70 +178,88 @@ class InlineSupervisor:
     def close(self) -> None:
         self.closed = True
 
+    def close_by(self, deadline: float) -> None:
+        self._close_at = min(self._close_at, deadline)
+
     def stop(self, deadline: float, ticket: Ticket) -> None:  # noqa: ARG002
         self.stop_soon()
         ticket.settle()
 
     def stop_soon(self) -> None:
         self.closed = True
-        if self.is_running:
-            self.is_running = False
-            if self._settings.finalizer is not None:
-                self._settings.finalizer()
-
-    def close_by(self, deadline: float) -> None:
-        """Nothing runs that would have to be stopped."""
-
-    def hurry(self) -> None:
-        """Nothing runs that would have to be stopped."""
+        with self._lock:
+            is_first, self.is_running = self.is_running, False
+            if is_first and self._settings.finalizer is not None:
+                run_finalizer(self._settings.finalizer)
 
 
 class InlineCall(Call):
     """A call that runs here and now."""
 
-    async def complete(self, supervisor: Any, waits: Waits) -> Any:  # noqa: ARG002
+    async def complete(self, supervisor: Any, waits: Waits) -> Any:
         """Run it, and return its value or raise its error."""
+        if not isinstance(waits, BlockingWaits):
+            await _pause()  # so that others have their turns, and a loop of calls can be cancelled
         return self.run_here(supervisor)
 
-    def run_here(self, supervisor: InlineSupervisor) -> Any:
+    def run_here(self, supervisor: InlineSupervisor, item: int | None = None) -> Any:
         """Run it, and return its value or raise its error, both as they would arrive."""
-        fn, options, began = self._fn, self._options, time.monotonic()
-        pickled = self._run_pickled(supervisor.begin_task())
-        took = time.monotonic() - began
-        if options.timeout is not None and took > options.timeout:
-            raise TaskTimeout(name_task(fn, options), options.timeout, 0.0, took, None)
-        return load_value(pickled, fn, options)
+        options, dumps = self._options, self._options.dumps
+        with supervisor.task(options.label, item):
+            set_reporter(lambda value: self._pass_on(dump_report(value, dumps)))
+            try:
+                pickled = self._run_pickled()
+            finally:
+                set_reporter(None)
+        return load_value(pickled, self._fn, options)
 
-    def _run_pickled(self, task_id: int) -> bytes:
+    def _pass_on(self, report: bytes) -> None:
+        if self._options.on_report is not None:
+            self._options.on_report(_payload.loads(report))
+
+    def _run_pickled(self) -> bytes:
         """Do as a worker does: return the pickled result, or raise the error as it would arrive."""
         options, name, result = self._options, name_task(self._fn, self._options), None
-        stage, on_report = STAGE_ARGUMENTS, options.on_report
-        if on_report is not None:
-            set_reporter(lambda value: on_report(_payload.loads(options.dumps(value))))
-        set_current_task(Task(task_id, options.label, 1))
+        stage, began = STAGE_ARGUMENTS, time.monotonic()
         try:
             fn, args, kwargs = _payload.loads(self._body)
             stage = STAGE_TASK
             result = fn(*args, **kwargs)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or _is_debugger_s(error):
+            if is_for_the_program(error):
                 raise
-            if stage is STAGE_TASK and error.__traceback__ is not None:
-                error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
-            raise decode_error(encode_error(error, stage, dumps=options.dumps), name)  # noqa: B904  # it has its cause
-        finally:
-            set_current_task(None)
-            set_reporter(None)
+            self._check_time(began)
+            trace = error.__traceback__ and error.__traceback__.tb_next  # from the task's own first line
+            arrived = decode_error(encode_error(error.with_traceback(trace), stage, dumps=options.dumps), name)
+            raise arrived.with_traceback(trace)  # noqa: B904  # it has its cause
+        self._check_time(began)
         try:
             return options.dumps(result)
         except BaseException as error:
-            raise decode_error(encode_unpicklable(error, result), name)  # noqa: B904  # it has its cause
+            raise decode_error(encode_unpicklable(error, result), name)  # noqa: B904  # likewise
+
+    def _check_time(self, began: float) -> None:
+        timeout, ran = self._options.timeout, time.monotonic() - began
+        if timeout is not None and ran > timeout:
+            raise TaskTimeout(name_task(self._fn, self._options), timeout, 0.0, ran, None)
 
 
-def _is_debugger_s(error: BaseException) -> bool:
-    """Return True for what a debugger raises where its user wants to leave."""
+async def _pause() -> None:
+    """Do as anyio's `checkpoint`, which goes by context variables: a call through an executor has its caller's."""
+    if running_loop() == "trio":
+        import trio
+
+        await trio.lowlevel.checkpoint()
+    else:
+        import asyncio
+
+        await asyncio.sleep(0)
+
+
+def is_for_the_program(error: BaseException) -> bool:
+    """Return True for Ctrl-C, and for what a debugger raises where its user wants to leave."""
     bdb = sys.modules.get("bdb")
-    return bdb is not None and isinstance(error, bdb.BdbQuit)
+    return isinstance(error, KeyboardInterrupt) or (bdb is not None and isinstance(error, bdb.BdbQuit))
 
 
 class InlineFlow:
@@ -207,13 +275,20 @@ class InlineFlow:
     ) -> None:
         flow_options.check()
         check_function(fn, "stream" if flow_options.is_lazy else "map")
+        _payload.dumps_function(fn, options.dumps)
         self._supervisor = supervisor
         self._fn = fn
         self._options = options
         self._source = open_source(iterables)
         self._number = 0
-        self.was_entered = False
         self._error: BaseException | None = None
+        self._tasks: Tasks | None = None
+        self._fed: anyio.Event | None = None  # set when the item is there that is being awaited
+
+    @property
+    def was_entered(self) -> bool:
+        """True within the block, and after it."""
+        return self._tasks is not None
 
     @property
     def total(self) -> int | None:
@@ -224,35 +299,64 @@ class InlineFlow:
         return None if left is None else self._number + left
 
     async def __aenter__(self) -> InlineFlow:
-        if self.was_entered:
+        if self._tasks is not None:
             raise RuntimeError("a stream can be entered only once; make a new one: pool.stream(...)")
-        self.was_entered = True
+        self._supervisor.begin()
+        self._tasks = await async_waits().open_tasks()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.fail(RuntimeError("the block of this stream was left"))
-        if isinstance(self._source, FedSource):
-            await self._source.aclose()
-        self._source.close()
+        try:
+            if self._tasks is not None:
+                await self._tasks.stop()
+        finally:
+            if isinstance(self._source, FedSource):
+                await self._source.aclose()
+            self._source.close()
 
     async def next_segment(self) -> Segment | None:
-        """Run the next item; None at the end."""
-        await checkpoint()
+        """Run the next item; None at the end.
+
+        Cancellation: nothing is lost.
+        """
+        await _pause()
         if self._error is not None:
             raise self._error
-        if isinstance(self._source, FedSource):
-            self._source.is_ended = not await self._source.next_row()
+        if isinstance(self._source, FedSource) and not self._source.is_ended:
+            await self._feed(self._source)
         columns = self._source.take(1)
         if columns is None:
             if self._source.error is not None:
-                raise self._source.error
+                raise self.fail(self._source.error)
             return None
         number, self._number = self._number, self._number + 1
         try:
             call = InlineCall(self._fn, tuple(column[0] for column in columns), {}, self._options)
-            return Segment(number, [call.run_here(self._supervisor)], [])
+            return Segment(number, [call.run_here(self._supervisor, number)], [])
+        except PoolClosed:
+            raise
         except Exception as error:
+            if is_for_the_program(error):
+                raise
             return make_failure(number, error)
+
+    async def _feed(self, source: FedSource) -> None:
+        """Wait for an item in a task of its own: a wait that is cancelled must not end the source."""
+        if self._fed is None and self._tasks is not None:
+            self._fed = anyio.Event()
+            self._tasks.start(self._await_item, source, self._fed)
+        if self._fed is not None:
+            await self._fed.wait()
+            self._fed = None
+
+    async def _await_item(self, source: FedSource, fed: anyio.Event) -> None:
+        try:
+            source.is_ended = not await source.next_row()
+        except Exception as error:
+            source.error, source.is_ended = error, True
+        finally:
+            fed.set()
 
     def consume(self) -> None:
         """Nobody waits for room."""

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ._call import Call
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ._waiting import Waits
 
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
+_abandoned: deque[str] = deque(maxlen=16)  # names of pools that were collected while they ran
 
 
 class CpuPool(PoolCalls):
@@ -358,6 +360,7 @@ class CpuPool(PoolCalls):
                 stacklevel=2,
                 source=self,
             )
+            _abandoned.append(self.settings.name)
             self._supervisor.stop_soon()
 
     def _start(self) -> None:
@@ -394,13 +397,25 @@ def _drain_after(kind: type[BaseException] | None) -> float | None:
 # --- the process's end, and its forks ---
 
 
-def list_running_pools() -> list[CpuPool]:
-    """Return the pools of this process that run: they have been used or entered, and their end is still to come."""
-    return [pool for pool in list(_pools) if pool._supervisor.is_running]
+def list_pools() -> list[CpuPool]:
+    """Return the pools of this process, whether they run or not."""
+    return list(_pools)
+
+
+def is_running(pool: CpuPool) -> bool:
+    """Return True if it has been used or entered, and its end is still to come."""
+    return pool._supervisor.is_running
+
+
+def take_abandoned() -> list[str]:
+    """Return, and forget, the names of the pools that were collected while they ran."""
+    names = list(_abandoned)
+    _abandoned.clear()
+    return names
 
 
 def _close_at_exit() -> None:
-    pools = list_running_pools()
+    pools = [pool for pool in list_pools() if is_running(pool)]
     for pool in pools:
         pool._supervisor.stop_soon()
     for pool in pools:

@@ -27,25 +27,42 @@ def inline_pool() -> Iterator[InlinePool]:
 
 
 @pytest.fixture(scope="session")
-def cpu_pool() -> Iterator[CpuPool]:
-    """A pool with two workers, the same for all tests: workers are not started for each of them."""
-    from . import CpuPool
-
-    pool = CpuPool(2, name="cpu_pool")
-    yield pool
-    pool.close(0)
+def _shared_pools() -> Iterator[list[CpuPool]]:
+    pools: list[CpuPool] = []
+    yield pools
+    for pool in pools:
+        pool.close(0)
 
 
 @pytest.fixture
-def no_worker_left() -> Iterator[None]:
-    """Fail a test that leaves a pool open that it has started: `@pytest.mark.usefixtures("no_worker_left")`."""
-    from .testing import list_running_pools
+def cpu_pool(_shared_pools: list[CpuPool]) -> CpuPool:
+    """A pool with two workers, the same for all tests: workers are not started for each of them.
 
-    before = list_running_pools()
+    If a test closes it, as an application's lifespan does, the next one gets another.
+    """
+    from . import CpuPool
+
+    if not _shared_pools or _shared_pools[-1].is_closed:
+        _shared_pools.append(CpuPool(2, name="cpu_pool"))
+    return _shared_pools[-1]
+
+
+@pytest.fixture
+def no_worker_left(_shared_pools: list[CpuPool]) -> Iterator[None]:
+    """Fail a test that leaves a pool open that it has made: `@pytest.mark.usefixtures("no_worker_left")`."""
+    from . import _pool
+    from .testing import InlinePool
+
+    before = _pool.list_pools()
+    _pool.take_abandoned()
     yield
-    left = [pool for pool in list_running_pools() if pool not in before and pool.settings.name != "cpu_pool"]
-    if left:
-        names = ", ".join(map(repr, left))
-        for pool in left:
-            pool.close(0)
-        pytest.fail(f"pools that the test has started and not closed: {names}; use them in a 'with' block")
+    left = [
+        pool
+        for pool in _pool.list_pools()
+        if _pool.is_running(pool) and pool not in (*before, *_shared_pools) and not isinstance(pool, InlinePool)
+    ]
+    names = [pool.settings.name for pool in left] + _pool.take_abandoned()
+    for pool in left:
+        pool.close(0)
+    if names:
+        pytest.fail(f"the test has left pools open: {', '.join(names)}; use them in a 'with' block")

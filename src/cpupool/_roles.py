@@ -5,8 +5,14 @@ It runs in the workers too: stdlib only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from contextvars import ContextVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NAME_PREFIX = "cpupool-worker-"  # of a worker's process
 
@@ -20,6 +26,7 @@ GUARD_ADVICE = (
 )
 
 _is_worker = False
+_plays_worker = ContextVar("cpupool_plays_worker", default=False)  # where a pool without workers runs a task
 
 
 def become_worker() -> None:
@@ -29,8 +36,21 @@ def become_worker() -> None:
 
 
 def in_worker() -> bool:
-    """Return True in a worker process (and in what a task forks), False in the program that owns the pool."""
-    return _is_worker
+    """Return True in a worker process (and in what a task forks), False in the program that owns the pool.
+
+    Also in a task of a pool without workers (`cpupool.testing.InlinePool`).
+    """
+    return _is_worker or _plays_worker.get()
+
+
+@contextlib.contextmanager
+def playing_worker() -> Iterator[None]:
+    """Count as a worker in the block; other threads and tasks do not."""
+    token = _plays_worker.set(True)
+    try:
+        yield
+    finally:
+        _plays_worker.reset(token)
 
 
 def is_importing_main() -> bool:

@@ -13,6 +13,8 @@ import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from . import _roles
+
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Coroutine
@@ -206,6 +208,7 @@ def running_loop() -> str | None:
 def refuse_in_event_loop(what: str, instead: str) -> None:
     """Raise if this thread runs an event loop, which `what` would block."""
     if (loop := running_loop()) is not None:
+        _roles.refuse_pool_here()  # in a task of a pool without workers, that is what is wrong
         raise RuntimeError(
             f"{what} would block the {loop} event loop that runs in this thread; use '{instead}' there, "
             f"or call {what} from another thread"
