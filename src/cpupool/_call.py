@@ -159,7 +159,8 @@ async def with_reports(
     exchange: Callable[[ReportingWaits], Awaitable[Frame]],
 ) -> Frame:
     """Pass on what a task reports while its answer is waited for, and last what it has reported before that."""
-    reporting = ReportingWaits(waits, worker.process.read_report, on_report)
+    process = worker.process
+    reporting = ReportingWaits(waits, process.read_report, process.last_report(), on_report)
     try:
         reply = await exchange(reporting)
     except WorkerGone:

@@ -34,7 +34,7 @@ from ._outcomes import load_value, name_task
 from ._pool import CpuPool
 from ._reports import dump_report
 from ._segments import Segment, make_failure
-from ._sources import FedSource, open_source
+from ._sources import FedSource, count_all, open_source
 from ._waiting import BlockingWaits, running_loop
 
 if TYPE_CHECKING:
@@ -293,10 +293,7 @@ class InlineFlow:
     @property
     def total(self) -> int | None:
         """How many items there are in all, None while that is not known."""
-        if self._source.is_ended:
-            return self._number + self._source.held
-        left = self._source.left
-        return None if left is None else self._number + left
+        return count_all(self._source, self._number)
 
     async def __aenter__(self) -> InlineFlow:
         if self._tasks is not None:

@@ -37,7 +37,7 @@ from ._outcomes import Interruption, make_death_error, make_stop_error, name_tas
 from ._pace import Pace
 from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
-from ._sources import FedSource, open_source
+from ._sources import FedSource, count_all, open_source
 from ._status import BEFORE_FIRST
 from ._worker import FIRST_LOOK, LONGEST_LOOK, Death
 
@@ -167,10 +167,7 @@ class Flow:
     @property
     def total(self) -> int | None:
         """How many items there are in all, None while that is not known."""
-        if self._source.is_ended:
-            return self._pulled + self._source.held
-        left = self._source.left
-        return None if left is None else self._pulled + left
+        return count_all(self._source, self._pulled)
 
     async def __aenter__(self) -> Flow:
         if self._tasks is not None:

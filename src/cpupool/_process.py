@@ -196,6 +196,10 @@ class WorkerProcess:
             return None
         return read_journal(self._read_cell, functools.partial(os.pread, self._status))
 
+    def last_report(self) -> int:
+        """Return the number of the last report of a task, 0 before any."""
+        return self._read_cell(_status.REPORTED)
+
     def read_report(self, seen: int) -> tuple[int, bytes] | None:
         """Return number and value, pickled, of the last report of a task, unless that is number `seen`."""
         return read_report(self._read_cell, functools.partial(os.pread, self._status), seen)

@@ -105,15 +105,18 @@ class ReportingWaits:
     """
 
     def __init__(
-        self, waits: Waits, read: Callable[[int], tuple[int, bytes] | None], on_report: Callable[[Any], object]
+        self,
+        waits: Waits,
+        read: Callable[[int], tuple[int, bytes] | None],
+        seen: int,
+        on_report: Callable[[Any], object],
     ) -> None:
-        """Args: `read(seen)` reads a new report, see `read_report`; what is there already is of another task."""
+        """Args: `read(seen)` reads a new report, see `read_report`; that of number `seen` is of another task."""
         self.writable = waits.writable
         self._readable = waits.readable
         self._read = read
         self._on_report = on_report
-        before = read(0)
-        self._seen = 0 if before is None else before[0]
+        self._seen = seen
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
         await self._readable(channel, LOOK_INTERVAL if timeout is None else min(timeout, LOOK_INTERVAL))

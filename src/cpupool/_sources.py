@@ -52,6 +52,14 @@ class Source(Protocol):
         ...
 
 
+def count_all(source: Source, taken: int) -> int | None:
+    """Return how many items there are in all when so many have been taken; None while that is not known."""
+    if source.is_ended:
+        return taken + source.held
+    left = source.left
+    return None if left is None else taken + left
+
+
 def open_source(iterables: tuple[Any, ...]) -> Source:
     """Return the source for these iterables, synchronous and asynchronous ones.
 

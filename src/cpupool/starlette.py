@@ -123,8 +123,7 @@ def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
 def _respond(connection: Request, error: Exception) -> Response:
     """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
     response = _make_response(error)
-    status = response.status_code
-    _log(f"{connection.method} {connection.url.path}: {status}", error, is_failure=status == 500)
+    _log(f"{connection.method} {connection.url.path}: {response.status_code}", error)
     return response
 
 
@@ -136,9 +135,10 @@ def _make_response(error: Exception) -> JSONResponse:
     return JSONResponse({"detail": text}, status_code=status, headers=headers)
 
 
-def _log(what: str, error: Exception, *, is_failure: bool) -> None:
+def _log(what: str, error: Exception) -> None:
     """Log what became of a request; with a traceback only if something is broken, and not if too much was asked for."""
-    if is_failure:
+    status, _, _ = _answer_to(error)
+    if status == 500:
         _logger.error("%s", what, exc_info=error)
     else:
         _logger.warning("%s (%s: %s)", what, type(error).__name__, error)
@@ -158,16 +158,15 @@ async def _handle(connection: HTTPConnection, error: Exception) -> Response | No
 async def _hang_up(websocket: WebSocket, error: Exception) -> None:
     """Refuse a websocket that was not accepted yet, with a response where the server can do that; close another."""
     status, text, code = _answer_to(error)
-    is_failure = status == 500
     path = websocket.url.path
     if websocket.application_state is WebSocketState.CONNECTING:
-        _log(f"websocket {path}: {status}", error, is_failure=is_failure)
+        _log(f"websocket {path}: {status}", error)
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
                 await websocket.send_denial_response(_make_response(error))
             return
     else:
-        _log(f"websocket {path}: closed with {code}", error, is_failure=is_failure)
+        _log(f"websocket {path}: closed with {code}", error)
     if websocket.application_state is not WebSocketState.DISCONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
             await websocket.close(code, text)
