@@ -458,7 +458,7 @@ if __name__ == "__main__":
 
 
 def test_a_forked_child_that_just_exits_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
-    folder, script = tmp_path / "temporary", tmp_path / "script.py"
+    folder, script = tmp_path / "t", tmp_path / "script.py"
     folder.mkdir()
     script.write_text("""
 import os, warnings
