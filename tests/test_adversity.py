@@ -291,7 +291,7 @@ async def test_a_worker_that_dies_right_after_its_answer_leaves_nothing_behind()
             for fn in (tasks.die_soon, tasks.get_pid):
                 with contextlib.suppress(WorkerDied):  # it may hit one of them
                     await pool.run(fn)
-        assert await pool.run(tasks.add, 1, 1) == 2
+        assert await pool.options(retries=1).run(tasks.add, 1, 1) == 2  # the last of them may die only now
 
 
 def test_a_task_s_children_die_with_the_program(run_script: RunScript) -> None:
