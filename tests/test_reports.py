@@ -162,12 +162,52 @@ def test_where_no_task_runs_a_report_does_nothing() -> None:
     assert seen == [2]
 
 
-def test_on_report_must_be_a_plain_function() -> None:
+def test_on_report_and_on_start_must_be_plain_functions() -> None:
     async def nobody_awaits_it(value: object) -> None: ...
 
-    for wrong in (5, nobody_awaits_it):
-        with pytest.raises(TypeError, match="on_report must be a function made with 'def', or None"):
-            CpuPool(1).options(on_report=wrong)  # type: ignore[arg-type]
+    for name in ("on_report", "on_start"):
+        for wrong in (5, nobody_awaits_it):
+            with pytest.raises(TypeError, match=f"{name} must be a function made with 'def', or None"):
+                CpuPool(1).options(**{name: wrong})  # type: ignore[arg-type]
+
+
+# --- on_start ---
+
+
+async def test_a_call_starts_when_a_worker_is_there_for_it(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    started: list[str] = []
+    async with CpuPool(1) as pool, anyio.create_task_group() as group:
+        group.start_soon(pool.options(on_start=lambda: started.append("first")).run, tasks.hold, *gate.arguments)
+        await anyio.to_thread.run_sync(gate.wait_until_begun)
+        group.start_soon(pool.options(on_start=lambda: started.append("second")).run, tasks.add, 1)
+        while "1 waiting" not in repr(pool):
+            await anyio.lowlevel.checkpoint()
+        assert started == ["first"]
+        gate.open()
+    assert started == ["first", "second"]
+
+
+async def test_each_attempt_and_each_batch_starts(tmp_path: Path) -> None:
+    started: list[int] = []
+    async with CpuPool(1) as pool:
+        view = pool.options(retries=1, on_start=lambda: started.append(1))
+        await view.run(tasks.die_the_first_time, str(tmp_path / "died"))
+        assert len(started) == 2
+        await view.options(retries=0).map(tasks.add, range(3), chunksize=1)
+        assert len(started) == 5
+
+
+async def test_what_on_start_raises_ends_the_call_which_does_not_run(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise LookupError("not now")
+
+    async with CpuPool(1) as pool:
+        pid = await pool.run(tasks.get_pid)
+        with pytest.raises(LookupError, match="not now"):
+            await pool.options(on_start=refuse).run(tasks.append_line, str(tmp_path / "ran"))
+        assert await pool.run(tasks.get_pid) == pid
+    assert not (tmp_path / "ran").exists()
 
 
 async def test_a_process_that_a_task_has_forked_reports_nothing() -> None:

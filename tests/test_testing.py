@@ -60,6 +60,8 @@ async def test_d8_calls_give_the_same(make: Any, monkeypatch: pytest.MonkeyPatch
         seen: list[int] = []
         assert await pool.options(on_report=seen.append).run(reporting.report_all, [1, 2]) == 2
         assert seen[-1] == 2
+        assert await pool.options(on_start=lambda: seen.append(7)).run(tasks.add, 1) == 1
+        assert seen[-1] == 7
         with pool.as_executor() as executor:
             assert executor.submit(tasks.add, 40, 2).result() == 42
     assert pool.is_closed

@@ -124,6 +124,8 @@ async def run_attempt(
         if not dispatcher.borrow_idle(lease):
             await _wait_for_worker(lease, fn, options, supervisor, waits)
         worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
+        if options.on_start is not None:
+            options.on_start()
         lease.started = time.monotonic()
         if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
             lease.deadline = lease.started + options.timeout

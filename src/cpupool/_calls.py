@@ -215,6 +215,7 @@ class PoolCalls:
         retries: int | Unset = UNSET,
         label: str | Unset | None = UNSET,
         on_report: Callable[[Any], object] | Unset | None = UNSET,
+        on_start: Callable[[], object] | Unset | None = UNSET,
     ) -> CpuPoolView:
         """Return a view of the pool whose calls have other options: `pool.options(timeout=5).run(fn, 1)`.
 
@@ -232,12 +233,19 @@ class PoolCalls:
                 in the thread, that waits, some 20 times a second at most, and with the last one before the call
                 returns.  What it raises ends the call.  The items of a `map` report as they run, mixed: let them say
                 which they are.
+            on_start: called as `on_start()` when a worker is there for the call, which until then has waited; in the
+                same place.  Again for each retry, and each batch of a `map`.  What it raises ends the call.
 
         Raises:
             TypeError, ValueError: an option is not what it can be; the message names it.
         """
         options = self._options.changed(
-            timeout=timeout, queue_timeout=queue_timeout, retries=retries, label=label, on_report=on_report
+            timeout=timeout,
+            queue_timeout=queue_timeout,
+            retries=retries,
+            label=label,
+            on_report=on_report,
+            on_start=on_start,
         )
         return CpuPoolView(self._home, options)
 
@@ -264,6 +272,11 @@ class CpuPoolView(PoolCalls):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._pool!r}: {self._options}>"
+
+    @property
+    def pool(self) -> CpuPool:
+        """The pool itself."""
+        return self._pool
 
     @property
     def _home(self) -> CpuPool:

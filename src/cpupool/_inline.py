@@ -206,6 +206,8 @@ class InlineCall(Call):
         """Run it, and return its value or raise its error, both as they would arrive."""
         options, dumps = self._options, self._options.dumps
         with supervisor.task(options.label, item):
+            if options.on_start is not None:
+                options.on_start()
             set_reporter(lambda value: self._pass_on(dump_report(value, dumps)))
             try:
                 pickled = self._run_pickled()

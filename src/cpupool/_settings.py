@@ -153,6 +153,7 @@ class CallOptions:
     retries: int = 0
     label: str | None = None
     on_report: Callable[[Any], object] | None = field(default=None, repr=False)
+    on_start: Callable[[], object] | None = field(default=None, repr=False)
     dumps: Callable[[object], bytes] = field(default=_payload.dumps, repr=False)
 
     def __post_init__(self) -> None:
@@ -162,9 +163,10 @@ class CallOptions:
         check_count("retries", self.retries, at_least=0)
         if self.label is not None and not isinstance(self.label, str):
             raise TypeError(f"label must be a string or None, not {self.label!r}")
-        on_report = self.on_report
-        if on_report is not None and (not callable(on_report) or inspect.iscoroutinefunction(on_report)):
-            raise TypeError(f"on_report must be a function made with 'def', or None, not {on_report!r}")
+        for name in ("on_report", "on_start"):
+            value = getattr(self, name)
+            if value is not None and (not callable(value) or inspect.iscoroutinefunction(value)):
+                raise TypeError(f"{name} must be a function made with 'def', or None, not {value!r}")
 
     def changed(self, **changes: Any) -> CallOptions:
         """Return a copy with those of the changes that are not `UNSET`."""
