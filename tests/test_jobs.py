@@ -1,0 +1,408 @@
+"""`cpupool.jobs`: work that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+import items
+import reporting
+import tasks
+from cpupool import CpuPool, PoolClosed, PoolFull, TaskNotPicklable, TaskTimeout, WorkerDied
+from cpupool.jobs import Job, JobCancelled, JobExpired, JobNotFound, Jobs, JobsFull, JobState
+from cpupool.testing import InlinePool
+
+anyio_mark = pytest.mark.anyio
+
+
+async def see_begun(gate: tasks.Gate) -> int:
+    return await anyio.to_thread.run_sync(gate.wait_until_begun)
+
+
+@anyio_mark
+async def test_a_job_runs_and_its_result_stays() -> None:
+    before = datetime.now(UTC)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.add, 40, c=2)
+        assert (job.state, job.result, job.started_at, job.ended_at) == (JobState.QUEUED, None, None, None)
+        assert not job.is_done
+        assert await jobs.wait(job) == 42
+        assert jobs.get(job.id) is job
+    assert (job.state, job.result, job.error, job.is_done) == (JobState.SUCCEEDED, 42, None, True)
+    assert job.started_at is not None
+    assert job.ended_at is not None
+    assert before <= job.created_at <= job.started_at <= job.ended_at <= datetime.now(UTC)
+    assert job.created_at.utcoffset() == timedelta(0)
+
+
+@anyio_mark
+async def test_nobody_can_guess_an_id() -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        ids = [jobs.submit(tasks.add, 1).id for _ in range(100)]
+        assert len(set(ids)) == 100
+        assert min(map(len, ids)) >= 22  # 128 bits
+        assert all(id_.isascii() and "/" not in id_ for id_ in ids)
+        assert all(repr(jobs.get(id_)).count(id_) == 0 for id_ in ids)  # it may stand in a log
+        assert await jobs.wait(jobs.get(ids[-1])) == 1
+
+
+@anyio_mark
+async def test_a_job_goes_from_state_to_state_and_its_events_tell(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        first = jobs.submit(tasks.hold, *gate.arguments)
+        heard = tmp_path / "heard"
+        second = jobs.submit(reporting.report_until_seen, str(heard))
+        await see_begun(gate)
+        while first.state is not JobState.RUNNING:
+            await anyio.lowlevel.checkpoint()
+        assert (second.state, second.started_at) == (JobState.QUEUED, None)
+        gate.open()
+        seen = []
+        async for each in jobs.events(second):
+            seen.append((each.state.value, each.progress))
+            if each.progress == "here":
+                heard.touch()
+        assert seen == [("queued", None), ("running", None), ("running", "here"), ("succeeded", "here")]
+        assert [each.state async for each in jobs.events(second)] == [JobState.SUCCEEDED]
+
+
+@anyio_mark
+async def test_who_watches_may_look_away() -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.spin_forever)
+        watching = jobs.events(job)
+        assert await anext(watching) is job
+        assert (await anext(watching)).state is JobState.RUNNING
+        for _ in range(2):
+            with anyio.move_on_after(0.01) as scope:
+                await anext(watching)
+            assert scope.cancelled_caught
+        jobs.cancel(job)
+        assert (await anext(watching)).state is JobState.CANCELLED
+        with pytest.raises(StopAsyncIteration):
+            await anext(watching)
+
+
+@anyio_mark
+@pytest.mark.parametrize(
+    ("fn", "argument", "kind"),
+    [
+        (items.fail, "such thing", ValueError),
+        (tasks.exit_at_once, 3, WorkerDied),
+        (lambda _: None, 1, TaskNotPicklable),
+        (tasks.return_it, threading.Lock(), TaskNotPicklable),
+    ],
+)
+async def test_a_job_fails_with_its_own_error(
+    fn: Any, argument: object, kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(fn, argument)
+        with pytest.raises(kind):
+            await jobs.wait(job)
+        assert (job.state, type(job.error)) == (JobState.FAILED, kind)
+        assert await jobs.wait(jobs.submit(tasks.add, 1)) == 1
+    (record,) = [each for each in caplog.records if each.name == "cpupool" and each.levelno == logging.ERROR]
+    assert record.exc_info is not None
+    assert record.exc_info[1] is job.error
+
+
+@anyio_mark
+async def test_a_job_that_takes_too_long_is_timed_out() -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool.options(timeout=0.1))
+        job = jobs.submit(tasks.spin_forever)
+        with pytest.raises(TaskTimeout):
+            await jobs.wait(job)
+        assert job.state is JobState.TIMED_OUT
+
+
+@anyio_mark
+async def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        pid = await pool.run(tasks.get_pid)
+        running = jobs.submit(tasks.report_begin, str(gate.begun), tasks.write_in_finally, str(tmp_path / "cleaned"))
+        queued = jobs.submit(tasks.append_line, str(tmp_path / "ran"))
+        assert int(await anyio.Path(gate.begun).read_text()) == pid
+        assert jobs.cancel(queued)
+        assert jobs.cancel(running)
+        assert not jobs.cancel(running)
+        for job in (queued, running):
+            assert (job.state, job.is_done, job.result, job.error) == (JobState.CANCELLED, True, None, None)
+            assert job.ended_at is not None
+            with pytest.raises(JobCancelled):
+                await jobs.wait(job)
+        assert (queued.started_at, running.started_at is None) == (None, False)
+        assert await pool.run(tasks.get_pid) == pid, "the worker lives on"
+        assert (tmp_path / "cleaned").exists(), "it was interrupted"
+        assert not (tmp_path / "ran").exists()
+        done = jobs.submit(tasks.add, 1)
+        await jobs.wait(done)
+        assert not jobs.cancel(done)
+        assert done.state is JobState.SUCCEEDED
+
+
+@anyio_mark
+async def test_a_job_that_is_cancelled_as_a_worker_comes_stays_cancelled(tmp_path: Path) -> None:
+    """It is with the pool; the worker is there, and the task has not noticed either."""
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        for _ in range(50):
+            job = jobs.submit(tasks.add, 1)
+            await anyio.lowlevel.checkpoint()
+            jobs.cancel(job)
+            with anyio.fail_after(10):
+                assert [each.state async for each in jobs.events(job)] == [JobState.CANCELLED]
+        assert await jobs.wait(jobs.submit(tasks.add, 1)) == 1
+
+
+@anyio_mark
+async def test_whoever_waits_may_leave_and_the_job_goes_on(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.hold, *gate.arguments)
+        pid = await see_begun(gate)
+        with anyio.move_on_after(0.01) as scope:
+            await jobs.wait(job)
+        assert scope.cancelled_caught
+        gate.open()
+        assert await jobs.wait(job) == pid
+
+
+# --- bounds ---
+
+
+@anyio_mark
+async def test_those_that_ended_first_make_room_and_what_has_not_ended_is_never_forgotten(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool, max_jobs=3)
+        done = [jobs.submit(tasks.add, number) for number in range(3)]
+        for each in done:
+            await jobs.wait(each)
+        held = jobs.submit(tasks.hold, *gate.arguments)
+        with pytest.raises(JobExpired, match="has ended, and been forgotten"):
+            jobs.get(done[0].id)
+        assert jobs.get(done[1].id) is done[1]
+        waiting = [jobs.submit(tasks.add, number) for number in range(2)]
+        for each in done:
+            with pytest.raises(JobExpired):
+                jobs.get(each.id)
+        with pytest.raises(JobsFull, match=r"3 jobs have not ended \(max_jobs\)") as caught:
+            jobs.submit(tasks.add, 1)
+        assert isinstance(caught.value, PoolFull)
+        assert caught.value.retry_after > 0
+        await see_begun(gate)
+        gate.open()
+        for each in (held, *waiting):
+            await jobs.wait(each)
+        assert await jobs.wait(jobs.submit(tasks.add, 5)) == 5
+
+
+@anyio_mark
+async def test_a_job_is_forgotten_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool, ttl=60)
+        monkeypatch.setattr("cpupool.jobs.time.monotonic", lambda: now)
+        first = jobs.submit(tasks.add, 1)
+        await jobs.wait(first)
+        now += 59
+        second = jobs.submit(tasks.add, 2)
+        assert jobs.get(first.id).result == 1
+        await jobs.wait(second)
+        now += 1
+        with pytest.raises(JobExpired):
+            jobs.get(first.id)
+        assert jobs.get(second.id).result == 2
+        await jobs.wait(jobs.submit(tasks.add, 3))
+        assert first.id not in jobs._jobs, "its result takes no more memory"
+        with pytest.raises(JobExpired):
+            jobs.get(first.id)
+    for unknown in ("", "nonsense", "x" * 22):
+        with pytest.raises(JobNotFound) as caught:
+            jobs.get(unknown)
+        assert type(caught.value) is JobNotFound
+
+
+@anyio_mark
+async def test_what_is_remembered_of_expired_jobs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpupool.jobs._EXPIRED_IDS", 2)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool, ttl=0)
+        done = [jobs.submit(tasks.add, number) for number in range(4)]
+        for each in done:
+            await jobs.wait(each)
+        assert len(jobs._jobs) <= 1
+        with pytest.raises(JobNotFound) as caught:
+            jobs.get(done[0].id)
+        assert type(caught.value) is JobNotFound
+        with pytest.raises(JobExpired):
+            jobs.get(done[2].id)
+
+
+@anyio_mark
+async def test_jobs_do_not_stand_before_other_calls_nor_take_their_places(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1, max_pending=1, queue_timeout=0) as pool:
+        jobs = Jobs(pool)
+        held = jobs.submit(tasks.hold, *gate.arguments)
+        path = str(tmp_path / "order")
+        rest = [jobs.submit(tasks.append_text, path, "job ") for _ in range(20)]
+        await see_begun(gate)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.options(queue_timeout=None).run, tasks.append_text, path, "call ")
+            while "1 waiting" not in repr(pool):
+                await anyio.lowlevel.checkpoint()
+            gate.open()
+        for each in (held, *rest):
+            await jobs.wait(each)
+        order = await anyio.Path(path).read_text()
+    assert order.split().index("call") <= 1
+
+
+@anyio_mark
+async def test_a_job_waits_while_others_fill_the_pool_s_queue(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1, max_pending=1) as pool, anyio.create_task_group() as group:
+        group.start_soon(pool.run, tasks.hold, *gate.arguments)
+        await see_begun(gate)
+        group.start_soon(pool.run, tasks.add, 1)
+        while "1 waiting" not in repr(pool):
+            await anyio.lowlevel.checkpoint()
+        with pytest.raises(PoolFull):
+            await pool.run(tasks.add, 1)
+        job = Jobs(pool).submit(tasks.add, 40, 2)
+        with anyio.move_on_after(0.05):  # it is refused meanwhile, and tries again
+            await anyio.sleep_forever()
+        assert job.state is JobState.QUEUED
+        gate.open()
+        assert await Jobs(pool).wait(job) == 42
+
+
+# --- where it comes from, and the end ---
+
+
+@anyio_mark
+async def test_a_thread_of_the_event_loop_may_submit_and_cancel() -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = await anyio.to_thread.run_sync(jobs.submit, tasks.spin_forever)
+        assert await anyio.to_thread.run_sync(jobs.cancel, job)
+        done = await anyio.to_thread.run_sync(jobs.submit, tasks.add, 1)
+        assert await jobs.wait(done) == 1
+
+
+def test_without_an_event_loop_it_is_refused() -> None:
+    with CpuPool(1) as pool, pytest.raises(RuntimeError, match=r"jobs.submit\(\) is for a program with an event loop"):
+        Jobs(pool).submit(tasks.add, 1)
+
+
+@anyio_mark
+async def test_what_cannot_be_a_job_is_refused() -> None:
+    async def work() -> None: ...
+
+    pool = CpuPool(1)
+    jobs = Jobs(pool)
+    for wrong in (work, work(), 5):
+        with pytest.raises(TypeError, match="takes a function made with 'def'"):
+            jobs.submit(wrong)
+    for arguments in ({"max_jobs": 0}, {"max_jobs": True}, {"ttl": -1}, {"ttl": float("nan")}, {"max_jobs": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+            Jobs(pool, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Jobs takes a CpuPool, or a view of one, not 5"):
+        Jobs(5)  # type: ignore[arg-type]
+    async with pool:
+        pass
+    with pytest.raises(PoolClosed):
+        jobs.submit(tasks.add, 1)
+
+
+@anyio_mark
+async def test_when_the_pool_closes_its_jobs_end(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        running = jobs.submit(tasks.report_begin, str(gate.begun), tasks.spin_forever)
+        queued = [jobs.submit(tasks.append_line, str(tmp_path / "ran")) for _ in range(5)]
+        await anyio.Path(gate.begun).read_text()
+        await pool.aclose(0)
+        with pytest.raises(PoolClosed):
+            await jobs.wait(running)
+        assert {each.state for each in (running, *queued)} == {JobState.CANCELLED}
+    assert not (tmp_path / "ran").exists()
+
+
+@anyio_mark
+async def test_a_pool_that_drains_lets_a_job_end(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1, drain=20) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.hold, *gate.arguments)
+        pid = await see_begun(gate)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.aclose)
+            gate.open()
+            assert await jobs.wait(job) == pid
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_when_the_event_loop_ends_its_jobs_end_and_the_next_loop_starts_anew(backend: str) -> None:
+    pool = CpuPool(1)
+    jobs = Jobs(pool)
+
+    async def leave() -> list[Job]:
+        left = [jobs.submit(tasks.spin_forever) for _ in range(3)]
+        async for each in jobs.events(left[0]):
+            if each.state is JobState.RUNNING:
+                break
+        return left
+
+    async def work() -> object:
+        return await jobs.wait(jobs.submit(tasks.add, 40, 2))
+
+    with pool:
+        for _ in range(2):
+            left = anyio.run(leave, backend=backend)
+            assert {each.state for each in left} == {JobState.CANCELLED}
+            assert anyio.run(work, backend=backend) == 42
+
+
+def test_a_loop_with_eager_tasks() -> None:
+    if not hasattr(asyncio, "eager_task_factory"):
+        pytest.skip("CPython 3.12")
+
+    async def work() -> object:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        async with CpuPool(1) as pool:
+            jobs = Jobs(pool)
+            return [await jobs.wait(each) for each in [jobs.submit(tasks.add, number) for number in range(5)]]
+
+    assert asyncio.run(work()) == list(range(5))
+
+
+@anyio_mark
+async def test_with_a_pool_without_workers() -> None:
+    async with InlinePool() as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(reporting.report_all, [1, 2])
+        assert job.state is JobState.QUEUED
+        assert await jobs.wait(job) == 2
+        assert (job.progress, job.started_at is None) == (2, False)
