@@ -7,6 +7,7 @@ import logging
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
@@ -321,12 +322,13 @@ async def test_what_cannot_be_a_job_is_refused() -> None:
 
     pool = CpuPool(1)
     jobs = Jobs(pool)
-    for wrong in (work, work(), 5):
+    wrongs: list[Any] = [work, work(), 5]
+    for wrong in wrongs:
         with pytest.raises(TypeError, match="takes a function made with 'def'"):
             jobs.submit(wrong)
     for arguments in ({"max_jobs": 0}, {"max_jobs": True}, {"ttl": -1}, {"ttl": float("nan")}, {"max_jobs": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
-            Jobs(pool, **arguments)  # type: ignore[arg-type]
+            Jobs(pool, **arguments)
     with pytest.raises(TypeError, match="Jobs takes a CpuPool, or a view of one, not 5"):
         Jobs(5)  # type: ignore[arg-type]
     async with pool:

@@ -6,20 +6,27 @@ Needs FastAPI.  What it does is made of the parts in `cpupool.starlette`, which 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 from weakref import WeakKeyDictionary
 
-from fastapi import Depends
-from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads the annotations
+from fastapi import APIRouter, Depends
+from fastapi.encoders import jsonable_encoder
+from starlette.requests import HTTPConnection, Request  # noqa: TC002  # FastAPI reads the annotations
+from starlette.responses import Response
 
 from . import CpuPool, starlette
+from ._job_routes import JobAnswers
+from .starlette import JobStatus, accepted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from fastapi import FastAPI
 
-__all__ = ["PoolDep", "get_pool", "install", "pool_dep"]
+    from .jobs import Jobs
+
+__all__ = ["JobStatus", "PoolDep", "accepted", "get_pool", "install", "pool_dep", "routes"]
 
 _installed: WeakKeyDictionary[FastAPI, set[str]] = WeakKeyDictionary()  # the names of their pools
 
@@ -89,3 +96,70 @@ def install(app: FastAPI, pool: CpuPool, *, name: str = "pool", health: str | No
         app.exception_handlers.setdefault(kind, handler)
     if health is not None:
         app.router.routes.insert(0, starlette.health_route(pool, health))  # before one that matches everything
+
+
+# --- background jobs ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """A response that says why there is no other."""
+
+    detail: str
+
+
+def routes(
+    jobs: Jobs,
+    prefix: str = "/jobs",
+    *,
+    name: str = "job",
+    result: Any = Any,
+    render: Callable[[Any], Response] | None = None,
+) -> APIRouter:
+    """Return the endpoints by which clients ask for jobs: `app.include_router(routes(jobs))`.
+
+    They are those of `cpupool.starlette.routes`, and stand in the application's OpenAPI document.
+
+    Args:
+        jobs: the jobs.
+        prefix: what the paths begin with.
+        name: the name of the first route, for `accepted`; needed for a second set of routes.
+        result: the type of the jobs' results, as a `response_model`.
+        render: makes a response of a job's result, in the place of FastAPI.
+    """
+    answers = JobAnswers(jobs, jsonable_encoder)
+    router = APIRouter(prefix=prefix, tags=["jobs"])
+
+    @router.get("/{job_id}", name=name, response_model=JobStatus, responses=_problems(404, 410))
+    async def get_status(job_id: str) -> Any:
+        """Return what has become of a job so far."""
+        return answers.status(job_id)
+
+    @router.delete("/{job_id}", name=f"{name}_cancel", response_model=JobStatus, responses=_problems(404, 409, 410))
+    async def cancel(job_id: str) -> Any:
+        """Cancel a job that is not done."""
+        return answers.cancel(job_id)
+
+    @router.get("/{job_id}/result", name=f"{name}_result", response_model=result, responses=_problems(404, 409, 410))
+    async def get_result(job_id: str) -> Any:
+        """Return the result of a job that has succeeded."""
+        job = answers.result(job_id)
+        if isinstance(job, Response):
+            return job
+        return job.result if render is None else render(job.result)
+
+    @router.get("/{job_id}/events", name=f"{name}_events", response_class=_EventStream, responses=_problems(404, 410))
+    async def get_events(job_id: str, request: Request) -> Any:
+        """Send a job's status, now and whenever it changes, as server-sent events."""
+        return answers.events(job_id, request.headers.get("last-event-id"))
+
+    return router
+
+
+class _EventStream(Response):
+    media_type = "text/event-stream"
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    descriptions = {404: "There is no such job", 409: "It is, or is not, done", 410: "Its result has been removed"}
+    return {status: {"model": _Problem, "description": descriptions[status]} for status in statuses}

@@ -202,10 +202,11 @@ class Jobs:
             PoolClosed: the pool is closed.
             RuntimeError: there is no event loop here.
         """
-        if not callable(fn) or inspect.iscoroutinefunction(fn):
-            if inspect.iscoroutine(fn):
-                fn.close()  # or Python would warn that it was never awaited
-            raise TypeError(f"jobs.submit() takes a function made with 'def', and its arguments, not {fn!r}")
+        given: object = fn
+        if not callable(given) or inspect.iscoroutinefunction(given):
+            if inspect.iscoroutine(given):
+                given.close()  # or Python would warn that it was never awaited
+            raise TypeError(f"jobs.submit() takes a function made with 'def', and its arguments, not {given!r}")
         return _on_loop("submit", self._take, lambda pool: pool.run(fn, *args, **kwargs))
 
     def _take(self, work: Work) -> Job:

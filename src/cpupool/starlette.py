@@ -16,17 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import (
-    CpuPoolError,
-    InitializerFailed,
-    PoolBroken,
-    PoolClosed,
-    PoolFull,
-    PoolNotStarted,
-    QueueTimeout,
-    TaskTimeout,
-    WorkerDied,
-)
+from . import CpuPoolError, PoolFull, PoolNotStarted
+from ._answers import ANSWERS, answer_to
+from ._job_routes import JobStatus, accepted, routes
 from .asgi import closing_on_signals
 
 if TYPE_CHECKING:
@@ -38,10 +30,13 @@ if TYPE_CHECKING:
     from . import CpuPool
 
 __all__ = [
+    "JobStatus",
+    "accepted",
     "exception_handlers",
     "get_pool",
     "health_route",
     "lifespan",
+    "routes",
     "run_until_disconnect",
     "until_disconnect",
 ]
@@ -52,19 +47,6 @@ T = TypeVar("T")
 _logger = logging.getLogger("cpupool")
 
 LONGEST_PROBE = 1.0  # seconds that a health check waits for a worker of a broken pool
-
-# By error: the status, what the client is told, and the code with which a websocket is closed.
-_BUSY = "The server is busy. Try again later."
-_UNAVAILABLE = "The service is not available."
-_ANSWERS: dict[type[Exception], tuple[int, str, int]] = {
-    PoolFull: (503, _BUSY, 1013),
-    QueueTimeout: (503, _BUSY, 1013),
-    TaskTimeout: (504, "The work took too long and was stopped.", 1011),
-    PoolClosed: (503, _UNAVAILABLE, 1012),
-    PoolBroken: (503, _UNAVAILABLE, 1011),
-    InitializerFailed: (503, _UNAVAILABLE, 1011),
-    WorkerDied: (500, "The work failed.", 1011),
-}
 
 
 def lifespan(
@@ -128,7 +110,7 @@ def _respond(connection: Request, error: Exception) -> Response:
 
 
 def _make_response(error: Exception) -> JSONResponse:
-    status, text, _ = _answer_to(error)
+    status, text, _ = answer_to(error)
     headers = None
     if isinstance(error, PoolFull):
         headers = {"Retry-After": str(max(math.ceil(error.retry_after), 1))}
@@ -137,15 +119,11 @@ def _make_response(error: Exception) -> JSONResponse:
 
 def _log(what: str, error: Exception) -> None:
     """Log what became of a request; with a traceback only if something is broken, and not if too much was asked for."""
-    status, _, _ = _answer_to(error)
+    status, _, _ = answer_to(error)
     if status == 500:
         _logger.error("%s", what, exc_info=error)
     else:
         _logger.warning("%s (%s: %s)", what, type(error).__name__, error)
-
-
-def _answer_to(error: Exception) -> tuple[int, str, int]:
-    return next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
 
 
 async def _handle(connection: HTTPConnection, error: Exception) -> Response | None:
@@ -157,7 +135,7 @@ async def _handle(connection: HTTPConnection, error: Exception) -> Response | No
 
 async def _hang_up(websocket: WebSocket, error: Exception) -> None:
     """Refuse a websocket that was not accepted yet, with a response where the server can do that; close another."""
-    status, text, code = _answer_to(error)
+    status, text, code = answer_to(error)
     path = websocket.url.path
     if websocket.application_state is WebSocketState.CONNECTING:
         _log(f"websocket {path}: {status}", error)
@@ -184,7 +162,7 @@ def exception_handlers() -> dict[type[Exception], Callable[..., Any]]:
     the name "cpupool".  A websocket gets the same response before it is accepted, where the server can give one, and is
     closed with 1011, 1012 or 1013 after that.  Errors of a task itself stay as they are.
     """
-    return {**dict.fromkeys(_ANSWERS, _handle), ClientDisconnect: _forget}
+    return {**dict.fromkeys(ANSWERS, _handle), ClientDisconnect: _forget}
 
 
 # --- work that nobody waits for any more ---
