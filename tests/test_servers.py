@@ -37,7 +37,7 @@ class Server:
 
     def __init__(self, command: list[str], folder: Path, wait: bool, **env: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, *command],
             cwd=folder,
             env=environment(**{"WEBAPP_DRAIN": str(DRAIN), "WEBAPP_MAX_WORKERS": "2", **env}),
             stdout=subprocess.DEVNULL,
@@ -91,8 +91,8 @@ class Server:
     def get(self, path: str, **params: Any) -> httpx2.Response:
         return httpx2.get(self.url + path, params=params, timeout=60)
 
-    def post(self, path: str, **params: Any) -> httpx2.Response:
-        return httpx2.post(self.url + path, params=params, timeout=60)
+    def post(self, path: str, json: object = None, **params: Any) -> httpx2.Response:
+        return httpx2.post(self.url + path, json=json, params=params, timeout=60)
 
     def get_soon(self, path: str, **params: Any) -> Future[httpx2.Response]:
         return self._clients.submit(self.get, path, **params)
@@ -139,8 +139,10 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     def start(*command: str, wait: bool = True, **env: str) -> Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        place = ["--port", port] if command[0] == "uvicorn" else ["--bind", f"127.0.0.1:{port}"]
-        servers.append(Server([*command, *place], tmp_path, wait, **env))
+        places = {"uvicorn": ["--port", port], "gunicorn": ["--bind", f"127.0.0.1:{port}"]}
+        if command[0] in places:
+            command = ("-m", *command, *places[command[0]])
+        servers.append(Server([*command], tmp_path, wait, PORT=port, **env))
         return servers[-1]
 
     yield start
@@ -287,6 +289,88 @@ def test_the_application_in_the_readme_works(serve: Serve, tmp_path: Path) -> No
     server.remember_processes()
     server.signal(signal.SIGTERM)
     server.seconds_to_end(at_most=3)
+
+
+# --- examples ---
+
+EXAMPLES = TESTS.parent / "examples"
+TEXT = "see example.org, or www.python.org, or example.org"
+DOMAINS = ["example.org", "www.python.org", "example.org"]
+COUNTS = {"example.org": 2, "www.python.org": 1}
+
+
+def run_job(server: Server, accepted: httpx2.Response) -> httpx2.Response:
+    """Wait for a job, by its events, and return its result."""
+    assert accepted.status_code == 202
+    location = accepted.headers["Location"]
+    events = server.get(f"{location}/events").text
+    assert '"state": "succeeded"' in events
+    assert server.get(location).json()["progress"] == {"done": len(TEXT), "of": len(TEXT)}
+    return server.get(f"{location}/result")
+
+
+def end(server: Server) -> None:
+    server.remember_processes()
+    server.signal(signal.SIGTERM)
+    server.seconds_to_end(at_most=3)
+    assert "Traceback" not in server.log
+
+
+def test_the_fastapi_example_works(serve: Serve) -> None:
+    server = serve("uvicorn", "--app-dir", str(EXAMPLES), "fastapi_app:app")
+    assert server.post("/process-content", json={"data": TEXT}).json() == DOMAINS
+    assert server.post("/addContent", json={"data": TEXT}).json() == {"domains": COUNTS}
+    assert server.post("/addContent", json={}).status_code == 422
+    assert run_job(server, server.post("/jobs", json={"data": TEXT})).json() == COUNTS
+    assert server.get("/jobs/nonsense").status_code == 404
+    assert server.get("/health").json() == {"status": "ready"}
+    assert "/jobs/{job_id}" in server.get("/openapi.json").json()["paths"]
+    end(server)
+
+
+def test_the_starlette_example_works(serve: Serve) -> None:
+    server = serve("uvicorn", "--app-dir", str(EXAMPLES), "starlette_app:app")
+    assert httpx2.post(f"{server.url}/domains", content=TEXT).json() == DOMAINS
+    assert run_job(server, httpx2.post(f"{server.url}/jobs", content=TEXT)).json() == COUNTS
+    assert server.get("/health").status_code == 200
+    end(server)
+
+
+def test_the_example_without_a_framework_works(serve: Serve) -> None:
+    server = serve("uvicorn", "--app-dir", str(EXAMPLES), "any_asgi:app")
+    assert httpx2.post(server.url, content=TEXT).json() == DOMAINS
+    end(server)
+
+
+@pytest.mark.parametrize("example", ["fastapi_app.py", "starlette_app.py", "any_asgi.py"])
+def test_the_examples_with_servers_run_as_scripts(example: str, serve: Serve) -> None:
+    """Their workers import the script too, and start no servers of their own."""
+    server = serve(str(EXAMPLES / example))
+    if example == "any_asgi.py":
+        assert httpx2.post(server.url, content=TEXT).json() == DOMAINS
+    else:
+        body = {"json": {"data": TEXT}} if example == "fastapi_app.py" else {"content": TEXT}
+        assert run_job(server, httpx2.post(f"{server.url}/jobs", **body)).json() == COUNTS
+    end(server)
+
+
+# --- background jobs ---
+
+
+def test_c2_a_server_with_a_background_job_and_somebody_who_listens_ends_in_time(serve: Serve, tmp_path: Path) -> None:
+    server = serve("uvicorn", "webapps:app")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    location = server.post("/spin-in-background", fifo=str(fifo)).headers["Location"]
+    assert fifo.read_text()
+    with httpx2.stream("GET", f"{server.url}{location}/events", timeout=30) as response:
+        events = response.iter_lines()
+        assert next(events).startswith("id: ")
+        server.remember_processes()
+        server.signal(signal.SIGTERM)
+        assert '"state": "cancelled"' in "".join(events)
+    assert server.seconds_to_end(at_most=DRAIN + 1) < DRAIN + 1
+    assert "Traceback" not in server.log
 
 
 # --- B10 ---

@@ -15,10 +15,12 @@ import items
 import tasks
 from cpupool import CpuPool
 from cpupool.asgi import PoolLifespan
-from cpupool.fastapi import PoolDep, install
+from cpupool.fastapi import PoolDep, accepted, install, routes
+from cpupool.jobs import Jobs
 from cpupool.starlette import exception_handlers, get_pool, lifespan, run_until_disconnect
 
 pool = CpuPool.from_env("WEBAPP_", name="web pool")
+jobs = Jobs(pool)
 
 # --- FastAPI ---
 
@@ -51,6 +53,14 @@ async def work(pool: PoolDep, seconds: float) -> float:
 @app.get("/hold")
 async def hold(pool: PoolDep, begun: str, end: str) -> int:
     return len(await pool.run(tasks.hold_and_return_much, begun, end, 1))
+
+
+@app.post("/spin-in-background")
+async def spin_in_background(request: Request, fifo: str) -> Response:
+    return accepted(request, jobs.submit(tasks.report_begin, fifo, tasks.spin_forever))
+
+
+app.include_router(routes(jobs))
 
 
 @app.websocket("/ws")
