@@ -15,7 +15,8 @@ help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-25s%s\n", $$1, $$2 }'
 
 demo: $(VENV)/.for-demo  ## run the demo
-	$(VENV)/bin/python examples/demo.py $(ARGS)
+	$(VENV)/bin/python examples/demo.py
+	$(VENV)/bin/python examples/compare_servers.py
 
 test: $(VENV)/.for-test  ## run the tests, all but the slow ones; ARGS="..." goes to pytest
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -63,11 +64,12 @@ clean:  ## remove all that was installed and built
 # --- what the targets need; each is made again when pyproject.toml has changed ---
 
 $(VENV)/.for-demo: pyproject.toml | $(VENV)/pyvenv.cfg
-	$(VENV)/bin/python -m pip install --quiet -e '.[cli]'
+	$(VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first with --group
+	$(VENV)/bin/python -m pip install --quiet -e . --group demo
 	@touch $@
 
 $(VENV)/.for-test: pyproject.toml | $(VENV)/pyvenv.cfg
-	$(VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first with --group
+	$(VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(VENV)/bin/python -m pip install --quiet -e '.[cli]' --group test
 	@touch $@ $(VENV)/.for-demo
 

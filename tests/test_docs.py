@@ -34,8 +34,16 @@ EXAMPLES = PROJECT / "examples"
 SERVERS = {"any_asgi.py", "fastapi_app.py", "starlette_app.py"}  # in test_servers
 
 
+LONG = {"demo.py", "compare_servers.py"}
+
+
 @pytest.mark.parametrize(
-    "example", sorted(path for path in EXAMPLES.glob("*.py") if path.name not in SERVERS), ids=lambda path: path.name
+    "example",
+    [
+        pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name in LONG else [])
+        for path in sorted(EXAMPLES.glob("*.py"))
+        if path.name not in SERVERS
+    ],
 )
 def test_an_example_runs(example: Path) -> None:
     done = subprocess.run(
