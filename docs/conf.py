@@ -29,10 +29,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         r"py:.+",
-        r"(anyio|asyncio|collections\.abc|concurrent\.futures|multiprocessing|os|pathlib|pickle|re|typing)(\..+)?",
+        r"(anyio|asyncio|collections\.abc|concurrent\.futures|datetime|multiprocessing|os|pathlib|pickle|re|typing)(\..+)?",
     ),
     (r"py:.+", r"(fastapi|starlette)\..+"),
-    (r"py:.+", r"(AbstractAsyncContextManager|ClientDisconnect|FastAPI|HTTPConnection|Request|Route)"),
+    (r"py:.+", r"(AbstractAsyncContextManager|APIRouter|ClientDisconnect|FastAPI|HTTPConnection|Request|Response|Route)"),
     (r"py:class", r"(cpupool\.asgi\.)?Application"),  # any ASGI application
     (r"py:class", r"(cpupool\._supervisor\.)?Health"),  # three words
     (r"py:class", r"BaseContext|Future|Path|Self"),  # imported for annotations only, so that autodoc sees the bare name

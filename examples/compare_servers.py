@@ -9,7 +9,6 @@ import asyncio
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 REQUESTS = 20
-SECONDS = 0.25  # of CPU for each request: 20 of 1 s, four times, would take more than a minute on two CPUs
+SECONDS = 0.2  # of CPU for each request: 20 of 1 s, four times, would take more than a minute on two CPUs
 PING_INTERVAL = 0.02  # seconds
 
 # --- the servers ---
@@ -99,20 +98,26 @@ async def serve(app: str) -> AsyncIterator[tuple[httpx2.AsyncClient, psutil.Proc
     command = [sys.executable, "-m", "uvicorn", f"{Path(__file__).stem}:{app}", "--app-dir", str(Path(__file__).parent)]
     options = ["--port", str(port), "--log-level", "warning"]
     limits = httpx2.Limits(max_connections=None)
-    with subprocess.Popen([*command, *options]) as process:
-        try:
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as client:
-                while True:
-                    try:
-                        await client.get("/ping")
-                        break
-                    except httpx2.ConnectError:
-                        if process.poll() is not None:
-                            raise RuntimeError(f"the server has ended with status {process.returncode}") from None
-                        await asyncio.sleep(0.01)
-                yield client, psutil.Process(process.pid)
-        finally:
+    process = await asyncio.create_subprocess_exec(*command, *options)
+    try:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as client:
+            while not await is_up(client):
+                if process.returncode is not None:
+                    raise SystemExit(f"the server has ended with status {process.returncode}")
+                await asyncio.sleep(0.01)
+            yield client, psutil.Process(process.pid)
+    finally:
+        if process.returncode is None:
             process.terminate()
+            await process.wait()
+
+
+async def is_up(client: httpx2.AsyncClient) -> bool:
+    try:
+        await client.get("/ping")
+    except httpx2.ConnectError:
+        return False
+    return True
 
 
 def cpu_of(server: psutil.Process) -> float:
