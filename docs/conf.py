@@ -32,7 +32,10 @@ nitpick_ignore_regex = [
         r"(anyio|asyncio|collections\.abc|concurrent\.futures|datetime|multiprocessing|os|pathlib|pickle|re|typing)(\..+)?",
     ),
     (r"py:.+", r"(fastapi|starlette)\..+"),
-    (r"py:.+", r"(AbstractAsyncContextManager|APIRouter|ClientDisconnect|FastAPI|HTTPConnection|Request|Response|Route)"),
+    (
+        r"py:.+",
+        r"(AbstractAsyncContextManager|APIRouter|ClientDisconnect|FastAPI|HTTPConnection|Request|Response|Route)",
+    ),
     (r"py:class", r"(cpupool\.asgi\.)?Application"),  # any ASGI application
     (r"py:class", r"(cpupool\._supervisor\.)?Health"),  # three words
     (r"py:class", r"BaseContext|Future|Path|Self"),  # imported for annotations only, so that autodoc sees the bare name
