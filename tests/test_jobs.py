@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,37 @@ async def test_a_job_waits_while_others_fill_the_pool_s_queue(tmp_path: Path) ->
 
 
 # --- where it comes from, and the end ---
+
+caller: ContextVar[str] = ContextVar("caller")
+
+
+@anyio_mark
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_what_a_job_logs_is_logged_in_the_context_in_which_it_was_submitted(
+    in_thread: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logs are told apart by it; whichever job has made room for this one."""
+    seen: list[str] = []
+
+    def note_caller(record: logging.LogRecord) -> bool:
+        seen.append(caller.get())
+        return True
+
+    caplog.handler.addFilter(note_caller)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        submitted = []
+        for number in range(5):
+            caller.set(str(number))
+            if in_thread:
+                submitted.append(await anyio.to_thread.run_sync(jobs.submit, items.fail, "such thing"))
+            else:
+                submitted.append(jobs.submit(items.fail, "such thing"))
+        for each in submitted:
+            with pytest.raises(ValueError, match="no such thing"):
+                await jobs.wait(each)
+    caplog.handler.removeFilter(note_caller)
+    assert seen == ["0", "1", "2", "3", "4"]
 
 
 @anyio_mark

@@ -26,6 +26,7 @@ import secrets
 import sys
 import time
 from collections import deque
+from contextvars import Context, copy_context
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -161,7 +162,8 @@ class Jobs:
 
     Args:
         pool: the pool; or a view, for jobs with other options than its calls have: `Jobs(pool.options(timeout=600))`.
-            Jobs wait as long as it takes: its `queue_timeout` and `max_pending` do not concern them.
+            Jobs wait as long as it takes: its `queue_timeout` and `max_pending` do not concern them; its `on_report`
+            and `on_start` neither.
         max_jobs: how many jobs are remembered, with their results.  When there are so many, those that ended first are
             forgotten early; if none has ended, `JobsFull` is raised.
         ttl: seconds for which a job is remembered after its end.
@@ -183,7 +185,7 @@ class Jobs:
         self.ttl = ttl
         self._calls = pool
         self._jobs: dict[str, Job] = {}
-        self._queued: dict[Job, Work] = {}  # in order
+        self._queued: dict[Job, tuple[Work, Context]] = {}  # in order
         self._active = 0  # how many are with the pool
         self._ended: deque[Job] = deque()  # those that are remembered, in the order of their ends
         self._expired: dict[str, None] = {}  # ids, in the same order
@@ -219,7 +221,7 @@ class Jobs:
             self._forget(self._ended.popleft())
         job = Job()
         self._jobs[job.id] = job
-        self._queued[job] = work
+        self._queued[job] = work, copy_context()
         self._start_next()
         return job
 
@@ -285,14 +287,14 @@ class Jobs:
     def _start_next(self) -> None:
         while self._queued and self._active < self.pool.max_workers:
             job = next(iter(self._queued))
-            work = self._queued.pop(job)
+            work, context = self._queued.pop(job)
             self._active += 1
             if _in_trio():
                 import trio
 
-                trio.lowlevel.spawn_system_task(self._live, job, work)
+                trio.lowlevel.spawn_system_task(self._live, job, work, context=context)
             else:
-                task = asyncio.create_task(self._live(job, work))
+                task = asyncio.create_task(self._live(job, work), context=context)
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
