@@ -320,7 +320,6 @@ class Jobs:
             result = await _call(work, calls)
         except PoolClosed as error:
             self._end(job, JobState.CANCELLED, error=error)
-            self._cancel_queued()
         except TaskTimeout as error:
             self._end(job, JobState.TIMED_OUT, error=error)
             _logger.warning("%r: %s", job, error)
