@@ -23,6 +23,14 @@ def report_then(value: object, fn: Any, *args: object) -> object:
     return fn(*args)
 
 
+def report_and_die_the_first_time(path: str) -> None:
+    if not os.path.exists(path):
+        open(path, "w").close()
+        cpupool.report("first")
+        time.sleep(0.2)  # so long that it is seen
+        os._exit(3)
+
+
 def report_item(item: int) -> int:
     cpupool.report(item)
     return item

@@ -443,6 +443,15 @@ def report_begin_and_hold_gil(fifo: str) -> None:
         hold_gil_forever()
 
 
+def say_so_and_write_in_finally(fifo: str, path: str) -> None:
+    try:
+        Path(fifo).write_text(str(os.getpid()))
+        while True:
+            pass
+    finally:
+        Path(path).write_text("finally")
+
+
 def write_in_finally(path: str) -> None:
     try:
         time.sleep(3600)
@@ -510,6 +519,11 @@ def describe_task_in_thread() -> int:
 def append_line_and_sleep(path: str) -> None:
     append_line(path)
     time.sleep(3600)
+
+
+def append_line_and_raise(path: str, error: Exception) -> NoReturn:
+    append_line(path)
+    raise error
 
 
 def append_text(path: str, text: str) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import threading
+import time
+import traceback
+import weakref
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,8 +23,19 @@ import pytest
 import items
 import reporting
 import tasks
-from cpupool import CpuPool, PoolClosed, PoolFull, TaskNotPicklable, TaskTimeout, WorkerDied
-from cpupool.jobs import Job, JobCancelled, JobExpired, JobNotFound, Jobs, JobsFull, JobState
+from cpupool import (
+    CpuPool,
+    InitializerFailed,
+    PoolBroken,
+    PoolClosed,
+    PoolFull,
+    PoolNotStarted,
+    ResultNotPicklable,
+    TaskNotPicklable,
+    TaskTimeout,
+    WorkerDied,
+)
+from cpupool.jobs import Job, JobCancelled, JobExpired, JobNotFound, Jobs, JobsFull, JobsNotStarted, JobState
 from cpupool.testing import InlinePool
 
 anyio_mark = pytest.mark.anyio
@@ -54,7 +70,8 @@ async def test_nobody_can_guess_an_id() -> None:
         assert len(set(ids)) == 100
         assert min(map(len, ids)) >= 22  # 128 bits
         assert all(id_.isascii() and "/" not in id_ for id_ in ids)
-        assert all(repr(jobs.get(id_)).count(id_) == 0 for id_ in ids)  # it may stand in a log
+        assert all(id_ not in repr(jobs.get(id_)) for id_ in ids)  # it may stand in a log
+        assert "(add) queued" in repr(jobs.get(ids[-1]))
         assert await jobs.wait(jobs.get(ids[-1])) == 1
 
 
@@ -104,8 +121,7 @@ async def test_who_watches_may_look_away() -> None:
     [
         (items.fail, "such thing", ValueError),
         (tasks.exit_at_once, 3, WorkerDied),
-        (lambda _: None, 1, TaskNotPicklable),
-        (tasks.return_it, threading.Lock(), TaskNotPicklable),
+        (items.return_lambda, 1, ResultNotPicklable),
     ],
 )
 async def test_a_job_fails_with_its_own_error(
@@ -121,6 +137,98 @@ async def test_a_job_fails_with_its_own_error(
     (record,) = [each for each in caplog.records if each.name == "cpupool" and each.levelno == logging.ERROR]
     assert record.exc_info is not None
     assert record.exc_info[1] is job.error
+    assert job.name in record.getMessage()
+
+
+@anyio_mark
+@pytest.mark.parametrize(
+    "error", [PoolFull(3, 0.05), PoolClosed("theirs"), TaskTimeout("task", 1.0, 0.0, 1.0, None), PoolBroken("why")]
+)
+async def test_what_the_work_itself_raises_is_no_word_about_the_pool(error: Exception, tmp_path: Path) -> None:
+    """Even an error that looks like one of this pool."""
+    path = tmp_path / "runs"
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.append_line_and_raise, str(path), error)
+        queued = jobs.submit(tasks.add, 1)
+        with pytest.raises(type(error)):
+            await jobs.wait(job)
+        assert job.state is JobState.FAILED
+        assert await jobs.wait(queued) == 1
+        assert len(await anyio.Path(path).read_text()) > 0
+        assert (await anyio.Path(path).read_text()).count("\n") == 1
+
+
+@anyio_mark
+async def test_a_pool_that_cannot_start_fails_its_jobs(tmp_path: Path) -> None:
+    flaky = tasks.Flaky(tmp_path)
+    async with CpuPool(1, initializer=flaky) as pool:
+        jobs = Jobs(pool)
+        flaky.flag.touch()
+        with pytest.raises(WorkerDied):
+            await jobs.wait(jobs.submit(tasks.exit_at_once, 3))
+        job = jobs.submit(tasks.add, 1)
+        with pytest.raises((InitializerFailed, PoolBroken)):
+            await jobs.wait(job)
+        assert job.state is JobState.FAILED
+
+
+@anyio_mark
+@pytest.mark.parametrize("end", ["error", "timeout", "result"])
+async def test_a_job_that_has_ended_keeps_no_argument(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Only its result; not in the traceback of its error either."""
+    caplog.set_level(logging.CRITICAL, "cpupool")
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool.options(timeout=0.1) if end == "timeout" else pool)
+        argument = tasks.Weak()
+        fn: Any = {"error": items.fail, "timeout": items.spin, "result": tasks.get_item}[end]
+        job = jobs.submit(fn, argument)
+        dead = weakref.ref(argument)
+        del argument
+        with contextlib.suppress(ValueError, TaskTimeout):
+            await jobs.wait(job)
+        assert dead() is None
+        if job.error is not None:
+            frames = {frame.f_code.co_name for frame, _ in traceback.walk_tb(job.error.__traceback__)}
+            assert not frames & {"_run", "run", "complete"}, "they hold the pickled call"
+
+
+@anyio_mark
+async def test_each_who_waits_gets_an_error_as_if_alone() -> None:
+    lengths = set()
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        job = jobs.submit(items.fail, "such thing")
+        for _ in range(3):
+            with pytest.raises(ValueError, match="no such thing") as caught:
+                await jobs.wait(job)
+            lengths.add(len(caught.traceback))
+    assert len(lengths) == 1
+
+
+@anyio_mark
+async def test_arguments_are_those_of_the_moment(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        running = jobs.submit(tasks.hold, *gate.arguments)
+        values = [1, 2, 3]
+        job = jobs.submit(sum, values)
+        values.clear()
+        await see_begun(gate)
+        gate.open()
+        await jobs.wait(running)
+        assert await jobs.wait(job) == 6
+
+
+@anyio_mark
+async def test_a_job_that_is_tried_again_begins_anew(tmp_path: Path) -> None:
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool.options(retries=1))
+        job = jobs.submit(reporting.report_and_die_the_first_time, str(tmp_path / "died"))
+        seen = [(each.state, each.progress) async for each in jobs.events(job)]
+    assert seen[-1] == (JobState.SUCCEEDED, None)
+    assert (JobState.RUNNING, "first") in seen
 
 
 @anyio_mark
@@ -139,7 +247,7 @@ async def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(tmp_path: Pat
     async with CpuPool(1) as pool:
         jobs = Jobs(pool)
         pid = await pool.run(tasks.get_pid)
-        running = jobs.submit(tasks.report_begin, str(gate.begun), tasks.write_in_finally, str(tmp_path / "cleaned"))
+        running = jobs.submit(tasks.say_so_and_write_in_finally, str(gate.begun), str(tmp_path / "cleaned"))
         queued = jobs.submit(tasks.append_line, str(tmp_path / "ran"))
         assert int(await anyio.Path(gate.begun).read_text()) == pid
         assert jobs.cancel(queued)
@@ -248,25 +356,25 @@ async def test_those_that_ended_first_make_room_and_what_has_not_ended_is_never_
 
 
 @anyio_mark
-async def test_a_job_is_forgotten_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
+async def test_a_job_is_forgotten_after_its_time() -> None:
+    """Its result takes no more memory then, whether somebody asks or not."""
     async with CpuPool(1) as pool:
-        jobs = Jobs(pool, ttl=60)
-        monkeypatch.setattr("cpupool.jobs.time.monotonic", lambda: now)
-        first = jobs.submit(tasks.add, 1)
-        await jobs.wait(first)
-        now += 59
-        second = jobs.submit(tasks.add, 2)
-        assert jobs.get(first.id).result == 1
-        await jobs.wait(second)
-        now += 1
-        with pytest.raises(JobExpired):
-            jobs.get(first.id)
-        assert jobs.get(second.id).result == 2
-        await jobs.wait(jobs.submit(tasks.add, 3))
-        assert first.id not in jobs._jobs, "its result takes no more memory"
-        with pytest.raises(JobExpired):
-            jobs.get(first.id)
+        jobs = Jobs(pool, ttl=0.1)
+        for _ in range(2):
+            job = jobs.submit(tasks.add, 1)
+            await jobs.wait(job)
+            ended = time.monotonic()
+            assert jobs.get(job.id).result == 1
+            await_forgotten = weakref.ref(job)
+            job_id = job.id
+            del job
+            with anyio.fail_after(10):
+                while await_forgotten() is not None:
+                    gc.collect()
+                    await anyio.lowlevel.checkpoint()
+            assert time.monotonic() - ended > 0.09
+            with pytest.raises(JobExpired):
+                jobs.get(job_id)
     for unknown in ("", "nonsense", "x" * 22):
         with pytest.raises(JobNotFound) as caught:
             jobs.get(unknown)
@@ -281,7 +389,8 @@ async def test_what_is_remembered_of_expired_jobs_is_bounded(monkeypatch: pytest
         done = [jobs.submit(tasks.add, number) for number in range(4)]
         for each in done:
             await jobs.wait(each)
-        assert len(jobs._jobs) <= 1
+        while jobs._jobs:
+            await anyio.lowlevel.checkpoint()
         with pytest.raises(JobNotFound) as caught:
             jobs.get(done[0].id)
         assert type(caught.value) is JobNotFound
@@ -310,22 +419,31 @@ async def test_jobs_do_not_stand_before_other_calls_nor_take_their_places(tmp_pa
 
 
 @anyio_mark
-async def test_a_job_waits_while_others_fill_the_pool_s_queue(tmp_path: Path) -> None:
+async def test_a_job_has_its_place_while_others_fill_the_pool_s_queue(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
-    async with CpuPool(1, max_pending=1) as pool, anyio.create_task_group() as group:
+    path = str(tmp_path / "order")
+    async with CpuPool(1, max_pending=2) as pool, anyio.create_task_group() as group:
         group.start_soon(pool.run, tasks.hold, *gate.arguments)
         await see_begun(gate)
-        group.start_soon(pool.run, tasks.add, 1)
+        group.start_soon(pool.run, tasks.append_text, path, "first ")
         while "1 waiting" not in repr(pool):
             await anyio.lowlevel.checkpoint()
+        jobs = Jobs(pool)
+        job = jobs.submit(tasks.append_text, path, "job ")
+        while "2 waiting" not in repr(pool):
+            await anyio.lowlevel.checkpoint()
+        health: list[str] = [pool.health]
+        group.start_soon(pool.run, tasks.append_text, path, "second ")
+        while "3 waiting" not in repr(pool):
+            await anyio.lowlevel.checkpoint()
+        assert [*health, pool.health] == ["ready", "degraded"]
         with pytest.raises(PoolFull):
             await pool.run(tasks.add, 1)
-        job = Jobs(pool).submit(tasks.add, 40, 2)
-        with anyio.move_on_after(0.05):  # it is refused meanwhile, and tries again
-            await anyio.sleep_forever()
-        assert job.state is JobState.QUEUED
+        late = Jobs(pool).submit(tasks.append_text, path, "late ")
         gate.open()
-        assert await Jobs(pool).wait(job) == 42
+        await jobs.wait(job)
+        await jobs.wait(late)
+    assert await anyio.Path(path).read_text() == "first job second late "
 
 
 # --- where it comes from, and the end ---
@@ -373,8 +491,22 @@ async def test_a_thread_of_the_event_loop_may_submit_and_cancel() -> None:
 
 
 def test_without_an_event_loop_it_is_refused() -> None:
-    with CpuPool(1) as pool, pytest.raises(RuntimeError, match=r"jobs.submit\(\) is for a program with an event loop"):
+    with CpuPool(1) as pool, pytest.raises(RuntimeError, match=r"jobs.submit\(\) needs an event loop"):
         Jobs(pool).submit(tasks.add, 1)
+
+
+@anyio_mark
+async def test_a_pool_that_nobody_has_started_is_refused() -> None:
+    """Nobody would close it when the server stops."""
+    pool = CpuPool(1, name="of jobs")
+    jobs = Jobs(pool)
+    with pytest.raises(JobsNotStarted) as caught:
+        jobs.submit(tasks.add, 1)
+    assert isinstance(caught.value, PoolNotStarted)
+    for cure in ("'of jobs'", "with TestClient(app) as client", "install(app, pool, name='jobs'", "async with pool"):
+        assert cure in str(caught.value)
+    async with pool:
+        assert await jobs.wait(jobs.submit(tasks.add, 1)) == 1
 
 
 @anyio_mark
@@ -383,23 +515,31 @@ async def test_what_cannot_be_a_job_is_refused() -> None:
 
     pool = CpuPool(1)
     jobs = Jobs(pool)
-    wrongs: list[Any] = [work, work(), 5]
+    wrongs: list[Any] = [work, work(), 5, tasks.AsyncCallable()]
     for wrong in wrongs:
-        with pytest.raises(TypeError, match="takes a function made with 'def'"):
+        with pytest.raises(TypeError, match=r"'def'|takes a function"):
             jobs.submit(wrong)
+    for fn, argument in ((lambda _: None, 1), (tasks.return_it, threading.Lock())):
+        with pytest.raises(TaskNotPicklable):
+            jobs.submit(fn, argument)
+    for not_ours in ("an id", 5):
+        with pytest.raises(ValueError, match=r"is not one of these jobs; for an id, write jobs.cancel"):
+            jobs.cancel(not_ours)  # type: ignore[arg-type]
     for arguments in ({"max_jobs": 0}, {"max_jobs": True}, {"ttl": -1}, {"ttl": float("nan")}, {"max_jobs": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
             Jobs(pool, **arguments)
     with pytest.raises(TypeError, match="Jobs takes a CpuPool, or a view of one, not 5"):
         Jobs(5)  # type: ignore[arg-type]
     async with pool:
-        pass
+        job = jobs.submit(tasks.add, 1)
+        with pytest.raises(ValueError, match="is not one of these jobs"):
+            Jobs(pool).cancel(job)
     with pytest.raises(PoolClosed):
         jobs.submit(tasks.add, 1)
 
 
 @anyio_mark
-async def test_when_the_pool_closes_its_jobs_end(tmp_path: Path) -> None:
+async def test_when_the_pool_closes_its_jobs_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gate = tasks.Gate(tmp_path)
     async with CpuPool(1) as pool:
         jobs = Jobs(pool)
@@ -412,6 +552,7 @@ async def test_when_the_pool_closes_its_jobs_end(tmp_path: Path) -> None:
                 await jobs.wait(each)
             assert each.state is JobState.CANCELLED
     assert not (tmp_path / "ran").exists()
+    assert "background jobs cancelled because the pool was closed: 6" in caplog.text
 
 
 @anyio_mark
@@ -449,6 +590,51 @@ def test_when_the_event_loop_ends_its_jobs_end_and_the_next_loop_starts_anew(bac
             assert anyio.run(work, backend=backend) == 42
 
 
+def test_an_event_loop_that_is_closed_as_it_is_leaves_its_jobs_cancelled() -> None:
+    """Its tasks never run again."""
+
+    async def submit(times: int) -> list[Job]:
+        return [jobs.submit(tasks.spin_forever) for _ in range(times)]
+
+    async def work() -> object:
+        job = jobs.submit(tasks.add, 40, 2)
+        gc.collect()  # of the task that has the only worker
+        return await jobs.wait(job)
+
+    with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        loop = asyncio.new_event_loop()
+        left = loop.run_until_complete(submit(2))
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio would say that it was destroyed
+        del task
+        loop.close()
+        assert asyncio.run(work()) == 42
+        assert {each.state for each in left} == {JobState.CANCELLED}
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_jobs_of_one_event_loop_are_not_taken_by_another(backend: str) -> None:
+    refused: list[int] = []
+
+    async def other() -> None:
+        with pytest.raises(RuntimeError, match="these jobs belong to another event loop, which still runs"):
+            jobs.submit(tasks.add, 1)
+        refused.append(1)
+
+    async def first() -> None:
+        job = jobs.submit(tasks.spin_forever)
+        await anyio.to_thread.run_sync(lambda: anyio.run(other, backend=backend))
+        jobs.cancel(job)
+        await jobs.wait(jobs.submit(tasks.add, 1))
+
+    with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        anyio.run(first, backend=backend)
+        anyio.run(first, backend=backend)
+    assert len(refused) == 2
+
+
 def test_a_loop_with_eager_tasks() -> None:
     if not hasattr(asyncio, "eager_task_factory"):
         pytest.skip("CPython 3.12")
@@ -470,3 +656,12 @@ async def test_with_a_pool_without_workers() -> None:
         assert job.state is JobState.QUEUED
         assert await jobs.wait(job) == 2
         assert (job.progress, job.started_at is None) == (2, False)
+        failing = jobs.submit(tasks.raise_exception, PoolFull, 1, 0.1)
+        with pytest.raises(PoolFull):
+            await jobs.wait(failing)
+
+
+@anyio_mark
+async def test_with_a_fixture_of_the_plugin(inline_pool: CpuPool) -> None:
+    jobs = Jobs(inline_pool)
+    assert await jobs.wait(jobs.submit(tasks.add, 40, 2)) == 42

@@ -27,12 +27,14 @@ the bottom up; imports point only downward:
                           CpuPool and its views; one without workers; the process's default pool; functions that run
                           in one
     9  __init__            this file
-    10 executor domains progress asgi testing _doctor
+    10 executor domains progress asgi testing _job jobs _doctor
                           a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
-                          tests of applications
-    11 starlette _pytest_plugin __main__
-                          those of Starlette; fixtures for pytest; the command line
-    12 fastapi             those of FastAPI
+                          tests of applications; one background job, and all of them
+    11 _answers _pytest_plugin __main__
+                          what clients are told of errors; fixtures for pytest; the command line
+    12 _job_routes         background jobs over HTTP
+    13 starlette           applications of Starlette
+    14 fastapi             those of FastAPI
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from importlib import import_module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._calls import CpuPoolView as CpuPoolView
+    from ._calls import PreparedCall as PreparedCall
     from ._chunks import chunked as chunked
     from ._chunks import split_evenly as split_evenly
     from ._chunks import split_text as split_text
@@ -90,6 +93,7 @@ _HOMES = {
     "PoolExecutorFace": "_executor",
     "PoolFull": "_errors",
     "PoolNotStarted": "_errors",
+    "PreparedCall": "_calls",
     "QueueTimeout": "_errors",
     "RemoteError": "_errors",
     "RemoteTraceback": "_errors",

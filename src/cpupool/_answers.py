@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import (
-    InitializerFailed,
-    PoolBroken,
-    PoolClosed,
-    PoolFull,
-    QueueTimeout,
-    TaskTimeout,
-    WorkerDied,
-)
+from . import InitializerFailed, PoolBroken, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied
+from .jobs import JobCancelled, JobExpired, JobNotFound
 
 
 class Answer(NamedTuple):
-    """Attributes: the status of a response, its text, and the code with which a websocket is closed."""
+    """An answer to an error.
+
+    Attributes:
+        status: of a response.
+        text: what it says.
+        code: with which a websocket is closed.
+    """
 
     status: int
     text: str
@@ -27,6 +26,7 @@ _BUSY = "The server is busy. Try again later."
 _UNAVAILABLE = "The service is not available."
 FAILED = "The work failed."
 TOO_LONG = "The work took too long and was stopped."
+CANCELLED = "The work was cancelled."
 
 ANSWERS: dict[type[Exception], Answer] = {
     PoolFull: Answer(503, _BUSY, 1013),
@@ -36,6 +36,9 @@ ANSWERS: dict[type[Exception], Answer] = {
     PoolBroken: Answer(503, _UNAVAILABLE, 1011),
     InitializerFailed: Answer(503, _UNAVAILABLE, 1011),
     WorkerDied: Answer(500, FAILED, 1011),
+    JobExpired: Answer(410, "The job has ended, and its result has been removed.", 1008),
+    JobNotFound: Answer(404, "There is no such job.", 1008),
+    JobCancelled: Answer(409, CANCELLED, 1011),
 }
 
 

@@ -62,7 +62,7 @@ class Call:
 
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
         """Have a worker run it, and return its value or raise its error."""
-        lease: Lease[Worker] = Lease(supervisor.next_task_id())
+        lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=self._options.background)
         while True:
             outcome = await run_attempt(lease, self, self._fn, self._options, supervisor, waits)
             if not isinstance(outcome, Death):

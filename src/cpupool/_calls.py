@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+from copy import copy
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from ._settings import UNSET, CallOptions, Unset
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_loop
@@ -11,6 +12,7 @@ from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_l
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable
 
+    from ._call import Call
     from ._executor import PoolExecutorFace
     from ._pool import CpuPool
     from ._stream import Stream
@@ -77,6 +79,17 @@ class PoolCalls:
         call = self._home._make_call(fn, args, kwargs, self._options)
         result: T = run_to_end(call.complete(self._supervisor, BlockingWaits()))
         return result
+
+    def prepare(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> PreparedCall[T]:
+        """Check and pickle a call now, and run it later, with this view's options: `await prepared.run()`.
+
+        What is wrong with it is known at once, what happens to its arguments meanwhile does not concern it, and a large
+        argument is pickled once, however often it is run.
+
+        Raises:
+            TypeError, TaskNotPicklable: as `run`.
+        """
+        return PreparedCall(self, self._home._make_call(fn, args, kwargs, self._options))
 
     @overload
     async def map(
@@ -216,6 +229,7 @@ class PoolCalls:
         label: str | Unset | None = UNSET,
         on_report: Callable[[Any], object] | Unset | None = UNSET,
         on_start: Callable[[], object] | Unset | None = UNSET,
+        background: bool | Unset = UNSET,
     ) -> CpuPoolView:
         """Return a view of the pool whose calls have other options: `pool.options(timeout=5).run(fn, 1)`.
 
@@ -235,6 +249,8 @@ class PoolCalls:
                 which they are.
             on_start: called as `on_start()` when a worker is there for the call, which until then has waited; in the
                 same place.  Again for each retry, and each batch of a `map`.  What it raises ends the call.
+            background: wait for a worker even if `max_pending` calls do so already, and do not count as one of these.
+                For work that nobody waits for, and that is bounded in another way.
 
         Raises:
             TypeError, ValueError: an option is not what it can be; the message names it.
@@ -246,6 +262,7 @@ class PoolCalls:
             label=label,
             on_report=on_report,
             on_start=on_start,
+            background=background,
         )
         return CpuPoolView(self._home, options)
 
@@ -259,6 +276,39 @@ class PoolCalls:
         from ._executor import PoolExecutorFace  # here: it loads asyncio, which most callers of a pool never need
 
         return PoolExecutorFace(self._home, self.run)
+
+
+class PreparedCall(Generic[T]):
+    """A call that is checked and pickled; `prepare` makes it.  It may be run any number of times, at once as well."""
+
+    __slots__ = ("_call", "_calls")
+
+    def __init__(self, calls: PoolCalls, call: Call) -> None:
+        self._calls = calls
+        self._call = call
+
+    async def run(self) -> T:
+        """Run it in a worker, and return what it returns.
+
+        Raises:
+            Exception: as the `run` of a pool.
+
+        Cancellation: as the `run` of a pool.
+        """
+        result: T = await copy(self._call).complete(self._calls._supervisor, async_waits())
+        return result
+
+    def run_sync(self) -> T:
+        """Run it in a worker, from a thread without an event loop, and return what it returns.
+
+        Raises:
+            Exception: as the `run_sync` of a pool.
+
+        Cancellation: as the `run_sync` of a pool.
+        """
+        refuse_in_event_loop("run_sync", "await prepared.run()")
+        result: T = run_to_end(copy(self._call).complete(self._calls._supervisor, BlockingWaits()))
+        return result
 
 
 class CpuPoolView(PoolCalls):

@@ -162,7 +162,7 @@ class Dispatcher(Generic[W]):
             self._sweep()
         if len(self._queue) < room or lease in self._bereaved:
             return
-        pending = sum(not each.is_admitted for each in self._queue)  # lanes of maps come and go
+        pending = sum(not each.is_admitted for each in self._queue)
         if pending >= room:
             lease.ticket = None  # it waits for nothing
             raise PoolFull(pending, (pending + 1) * self._estimate_run() / self.max_workers)
@@ -524,6 +524,13 @@ class Dispatcher(Generic[W]):
             bereaved = any(_is_wanted(ticket) for ticket in self._bereaved.values())
             waiting = any(lease.is_waiting for lease in self._queue)
             return not (self._lent or self._owners or bereaved or waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """True while another call would be refused if no worker was free, which it is not."""
+        with self._lock:
+            waiting = sum(lease.is_waiting and not lease.is_admitted for lease in self._queue)
+            return self.max_pending is not None and waiting >= self.max_pending > 0
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""

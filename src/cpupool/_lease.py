@@ -29,7 +29,8 @@ class Lease(Generic[W]):
     Attributes:
         task_id: of the attempt.
         owner: the map or stream that has made it, or None.
-        is_admitted: True if it need not be asked whether there is room in the queue: its owner has begun to run.
+        is_admitted: True if it need not be asked whether there is room in the queue: its owner has begun to run, or it
+            is a call in the background.
         item_timeout: seconds that each item of a batch may run, or None.
         condemned_item: the number of the item that is interrupted, or `BEFORE_FIRST`; None for the whole task.
         item_started: when that item began, 0 without one.

@@ -335,7 +335,9 @@ class Flow:
             await checkpoint()  # the next one may be no better
             return
         supervisor = self._supervisor
-        lease: Lease[Worker] = Lease(supervisor.next_task_id(), self, is_admitted=self._has_begun)
+        lease: Lease[Worker] = Lease(
+            supervisor.next_task_id(), self, is_admitted=self._has_begun or self._options.background
+        )
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
         errand = _Delivery(self, batch)

@@ -192,6 +192,11 @@ class CpuPool(PoolCalls):
         return self._dispatcher.max_workers
 
     @property
+    def is_started(self) -> bool:
+        """True from the pool's first use, or from when it is entered, to the end of its last worker."""
+        return self._supervisor.is_running
+
+    @property
     def is_closed(self) -> bool:
         """True once the pool takes no more calls."""
         return self._dispatcher.closed

@@ -22,6 +22,7 @@ def inline_pool() -> Iterator[InlinePool]:
     from .testing import InlinePool
 
     pool = InlinePool(name="inline_pool")
+    pool._inline.begin()
     yield pool
     pool.close(0)
 
@@ -44,6 +45,7 @@ def cpu_pool(_shared_pools: list[CpuPool]) -> CpuPool:
 
     if not _shared_pools or _shared_pools[-1].is_closed:
         _shared_pools.append(CpuPool(2, name="cpu_pool"))
+        _shared_pools[-1]._start()
     return _shared_pools[-1]
 
 

@@ -154,6 +154,7 @@ class CallOptions:
     label: str | None = None
     on_report: Callable[[Any], object] | None = field(default=None, repr=False)
     on_start: Callable[[], object] | None = field(default=None, repr=False)
+    background: bool = False
     dumps: Callable[[object], bytes] = field(default=_payload.dumps, repr=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +162,8 @@ class CallOptions:
             if (value := getattr(self, name)) is not None:
                 check_seconds(name, value)
         check_count("retries", self.retries, at_least=0)
+        if not isinstance(self.background, bool):
+            raise TypeError(f"background must be True or False, not {self.background!r}")
         if self.label is not None and not isinstance(self.label, str):
             raise TypeError(f"label must be a string or None, not {self.label!r}")
         for name in ("on_report", "on_start"):

@@ -135,12 +135,10 @@ class Supervisor:
         if self.dispatcher.closed:
             return "broken"
         failures = self._births.failures
-        _, idle, busy, waiting = self.dispatcher.counts()
+        _, idle, busy, _ = self.dispatcher.counts()
         if failures >= BREAKER_THRESHOLD and not idle and not busy:
             return "broken"
-        max_pending = self.dispatcher.max_pending
-        is_full = max_pending is not None and waiting >= max_pending > 0
-        return "degraded" if failures or is_full else "ready"
+        return "degraded" if failures or self.dispatcher.is_full else "ready"
 
     def stop_soon(self) -> None:
         """Stop everything without waiting for it."""

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection, Request  # noqa: TC002  # FastAPI
 from starlette.responses import Response
 
 from . import CpuPool, starlette
-from ._job_routes import JobAnswers
+from ._job_routes import JobAnswers, keep_private, name_routes
 from .starlette import JobStatus, accepted
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .jobs import Jobs
 
-__all__ = ["JobStatus", "PoolDep", "accepted", "get_pool", "install", "pool_dep", "routes"]
+__all__ = ["JobStatus", "PoolDep", "Problem", "accepted", "get_pool", "install", "pool_dep", "routes"]
 
 _installed: WeakKeyDictionary[FastAPI, set[str]] = WeakKeyDictionary()  # the names of their pools
 
@@ -102,8 +102,8 @@ def install(app: FastAPI, pool: CpuPool, *, name: str = "pool", health: str | No
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
-    """A response that says why there is no other."""
+class Problem:
+    """Why there is no other response."""
 
     detail: str
 
@@ -112,7 +112,7 @@ def routes(
     jobs: Jobs,
     prefix: str = "/jobs",
     *,
-    name: str = "job",
+    name: str | None = None,
     result: Any = Any,
     render: Callable[[Any], Response] | None = None,
 ) -> APIRouter:
@@ -122,44 +122,71 @@ def routes(
 
     Args:
         jobs: the jobs.
-        prefix: what the paths begin with.
-        name: the name of the first route, for `accepted`; needed for a second set of routes.
+        prefix: what the paths begin with; another one for each `Jobs`.
+        name: the name of the first route; by default made of the prefix ("jobs").
         result: the type of the jobs' results, as a `response_model`.
         render: makes a response of a job's result, in the place of FastAPI.
     """
-    answers = JobAnswers(jobs, jsonable_encoder)
+    answers, name = JobAnswers(jobs, jsonable_encoder), name_routes(jobs, prefix, name)
     router = APIRouter(prefix=prefix, tags=["jobs"])
 
-    @router.get("/{job_id}", name=name, response_model=JobStatus, responses=_problems(404, 410))
+    @router.get(
+        "/{job_id}", name=name, summary="Get a job's status", response_model=JobStatus, responses=_problems(404, 410)
+    )
     async def get_status(job_id: str) -> Any:
-        """Return what has become of a job so far."""
+        """What has become of a job so far; with `Retry-After` until it is done."""
         return answers.status(job_id)
 
-    @router.delete("/{job_id}", name=f"{name}_cancel", response_model=JobStatus, responses=_problems(404, 409, 410))
+    @router.delete(
+        "/{job_id}",
+        name=f"{name}_cancel",
+        summary="Cancel a job",
+        response_model=JobStatus,
+        responses=_problems(404, 410, conflict="The job has ended otherwise"),
+    )
     async def cancel(job_id: str) -> Any:
-        """Cancel a job that is not done."""
+        """Stop a job, whether it waits or runs."""
         return answers.cancel(job_id)
 
-    @router.get("/{job_id}/result", name=f"{name}_result", response_model=result, responses=_problems(404, 409, 410))
-    async def get_result(job_id: str) -> Any:
-        """Return the result of a job that has succeeded."""
+    @router.get(
+        "/{job_id}/result",
+        name=f"{name}_result",
+        summary="Get a job's result",
+        response_model=result,
+        responses=_problems(404, 410, conflict="There is no result, or not yet"),
+    )
+    async def get_result(job_id: str, response: Response) -> Any:
+        """The result of a job that has succeeded."""
         job = answers.result(job_id)
         if isinstance(job, Response):
             return job
-        return job.result if render is None else render(job.result)
+        if render is not None:
+            return keep_private(render(job.result))
+        keep_private(response)
+        return job.result
 
-    @router.get("/{job_id}/events", name=f"{name}_events", response_class=_EventStream, responses=_problems(404, 410))
+    stream: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "The client has seen the last event"},
+    }
+
+    @router.get(
+        "/{job_id}/events",
+        name=f"{name}_events",
+        summary="Listen to a job",
+        response_class=Response,
+        responses=stream | _problems(404, 410),
+    )
     async def get_events(job_id: str, request: Request) -> Any:
-        """Send a job's status, now and whenever it changes, as server-sent events."""
-        return answers.events(job_id, request.headers.get("last-event-id"))
+        """A job's status, now and whenever it changes, as server-sent events."""
+        return answers.events(request, job_id)
 
     return router
 
 
-class _EventStream(Response):
-    media_type = "text/event-stream"
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    descriptions = {404: "There is no such job", 409: "It is, or is not, done", 410: "Its result has been removed"}
-    return {status: {"model": _Problem, "description": descriptions[status]} for status in statuses}
+def _problems(*statuses: int, conflict: str | None = None) -> dict[int | str, dict[str, Any]]:
+    descriptions = {404: "There is no such job", 410: "The job has ended, and its result has been removed"}
+    problems: dict[int | str, str] = {status: descriptions[status] for status in statuses}
+    if conflict is not None:
+        problems[409] = conflict
+    return {status: {"model": Problem, "description": problems[status]} for status in sorted(problems)}

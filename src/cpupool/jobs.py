@@ -8,40 +8,36 @@ the endpoints for the rest.  The jobs live in this process's memory: they are go
 process knows nothing of them.  What must survive a restart, be seen from several processes or run on other machines
 needs a task queue (Celery, Dramatiq, arq, Temporal).
 
-Rules: everything happens on the event loop on which jobs are submitted, in plain steps between two awaits; threads go
-there (`_on_loop`).  A job changes its state in `Job._change` alone, and ends once, in `Jobs._end`.
+Rules: jobs change on one event loop only, in plain steps between two awaits; threads go there (`_on_loop`).  A job ends
+once: whoever wins `Job._end` writes that down (`Jobs._note_end`).
 
 Theory of operation: as many jobs as the pool has workers are with the pool, each in a task of its own; the others wait
-here, in order, and have no task.  So a thousand jobs do not stand in the pool's queue before everybody else's calls,
-and do not fill it (`max_pending`).  When the pool is closed, or the event loop ends, so do all jobs.
+here, in order, and have no task.  So a thousand jobs do not stand in the pool's queue before everybody else's calls.
+When the pool is closed, or the event loop ends, so do all jobs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import inspect
 import logging
-import secrets
 import sys
 import time
 from collections import deque
 from contextvars import Context, copy_context
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.from_thread
 
-from . import CpuPool, CpuPoolError, CpuPoolView, PoolClosed, PoolFull, TaskTimeout
+from . import CpuPool, CpuPoolView, PoolClosed, RemoteTraceback, TaskTimeout
+from ._job import Job, JobCancelled, JobEvents, JobExpired, JobNotFound, JobsFull, JobsNotStarted, JobState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-    from typing import TypeAlias
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
-    Work: TypeAlias = Callable[[CpuPoolView], Awaitable[object]]
+    from . import PreparedCall
 
-__all__ = ["Job", "JobCancelled", "JobExpired", "JobNotFound", "JobState", "Jobs", "JobsFull"]
+__all__ = ["Job", "JobCancelled", "JobExpired", "JobNotFound", "JobState", "Jobs", "JobsFull", "JobsNotStarted"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,118 +48,16 @@ _EXPIRED_IDS = 10_000  # how many of them are remembered, to tell them from ids 
 _GUESSED_RUN_TIME = 1.0  # seconds; before any job has ended
 
 
-class JobState(enum.StrEnum):
-    """What has become of a job so far."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    TIMED_OUT = "timed_out"
-
-
-_FINAL = frozenset(JobState) - {JobState.QUEUED, JobState.RUNNING}
-
-
-class JobNotFound(CpuPoolError, LookupError):
-    """There is, and was, no job of this id here."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
-
-    def __str__(self) -> str:
-        return f"there is no job {self.job_id!r} here; only the server process that has taken a job knows of it"
-
-
-class JobExpired(JobNotFound):
-    """There was such a job; it ended more than `ttl` seconds ago, or had to make room for newer ones."""
-
-    def __str__(self) -> str:
-        return f"the job {self.job_id!r} has ended, and been forgotten (ttl, max_jobs)"
-
-
-class JobCancelled(CpuPoolError):
-    """The job was cancelled, and has no result."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
-
-    def __str__(self) -> str:
-        return f"the job {self.job_id!r} was cancelled"
-
-
-class JobsFull(PoolFull):
-    """There are `max_jobs` jobs that have not ended; this one was not taken.
-
-    Attributes:
-        pending: how many jobs have not ended.
-        retry_after: seconds after which one of them will have ended, as estimated from those before.
-    """
-
-    def __str__(self) -> str:
-        return f"{self.pending} jobs have not ended (max_jobs). Try again in about {self.retry_after:.3g} s."
-
-
-class Job:
-    """One job, as it stands now.
-
-    Attributes:
-        id: how it is asked for; nobody can guess it.
-        state: what has become of it so far.
-        progress: what it has passed to `cpupool.report` last, or None.
-        created_at: when it was submitted; this and the other times are aware, in UTC.
-        started_at: when a worker took it; None while it waits.
-        ended_at: None until it is done.
-        result: what it has returned; None before, and if it has not succeeded.
-        error: the exception it has ended with, or None.
-        version: how often it has changed.
-    """
-
-    def __init__(self) -> None:
-        self.id: str = secrets.token_urlsafe(16)
-        self.state: JobState = JobState.QUEUED
-        self.progress: Any = None
-        self.created_at: datetime = datetime.now(UTC)
-        self.started_at: datetime | None = None
-        self.ended_at: datetime | None = None
-        self.result: Any = None
-        self.error: Exception | None = None
-        self.version: int = 0
-        self._scope = anyio.CancelScope()
-        self._has_changed = anyio.Event()
-        self._expires = float("inf")
-
-    def __repr__(self) -> str:
-        return f"<Job {self.id[:6]}... {self.state}>"  # whoever has the whole id can ask for its result
-
-    @property
-    def is_done(self) -> bool:
-        """True once it has ended, in whatever way."""
-        return self.state in _FINAL
-
-    def _change(self, **values: Any) -> None:
-        if self.is_done:
-            return  # it was cancelled, and does not know it yet
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.version += 1
-        has_changed, self._has_changed = self._has_changed, anyio.Event()
-        has_changed.set()
-
-
 class Jobs:
     """Runs jobs in a pool, and remembers them for a while.
 
-    Make one where the pool is made; it needs no end of its own.  Submit on one event loop, the server's, or in threads
-    that this has started (a FastAPI endpoint made with `def`).
+    Make one where the pool is made.  It needs no end of its own: its jobs end with the pool, or with the event loop.
+    Submit on one event loop, the server's, or in threads that this has started (a FastAPI endpoint made with `def`).
 
     Args:
-        pool: the pool; or a view, for jobs with other options than its calls have: `Jobs(pool.options(timeout=600))`.
-            Jobs wait as long as it takes: its `queue_timeout` and `max_pending` do not concern them; its `on_report`
-            and `on_start` neither.
+        pool: the pool, which has to be entered before the first job; or a view, for jobs with other options than its
+            calls have: `Jobs(pool.options(timeout=600))`.  Jobs wait as long as it takes: its `queue_timeout` and
+            `max_pending` do not concern them, nor its `on_report` and `on_start`.
         max_jobs: how many jobs are remembered, with their results.  When there are so many, those that ended first are
             forgotten early; if none has ended, `JobsFull` is raised.
         ttl: seconds for which a job is remembered after its end.
@@ -184,46 +78,48 @@ class Jobs:
         self.max_jobs = max_jobs
         self.ttl = ttl
         self._calls = pool
+        self._loop: object = None  # the event loop, or trio's token
         self._jobs: dict[str, Job] = {}
-        self._queued: dict[Job, tuple[Work, Context]] = {}  # in order
-        self._active = 0  # how many are with the pool
-        self._ended: deque[Job] = deque()  # those that are remembered, in the order of their ends
+        self._queued: dict[Job, tuple[PreparedCall[object], Context]] = {}  # in order
+        self._active: dict[Job, anyio.CancelScope] = {}  # those that are with the pool
+        self._ended: deque[tuple[float, Job]] = deque()  # when they are to be forgotten, in this order
         self._expired: dict[str, None] = {}  # ids, in the same order
+        self._is_forgetting = False  # there is a task for it
         self._run_times: deque[float] = deque(maxlen=32)  # seconds
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself may forget them
 
     def submit(self, fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> Job:
         """Have `fn(*args, **kwargs)` run in a worker, some time, and return at once.
 
-        The function and its arguments are pickled when its turn comes; what goes wrong then is the job's error, and in
-        the log.
+        The function and its arguments are pickled here and now.
 
         Raises:
             TypeError: `fn` is not a plain function.
+            TaskNotPicklable: the function or an argument cannot be sent.
             JobsFull: too many jobs have not ended.
-            PoolClosed: the pool is closed.
-            RuntimeError: there is no event loop here.
+            JobsNotStarted, PoolClosed: the pool is not open.
+            RuntimeError: there is no event loop here, or it is not that of the other jobs.
         """
-        given: object = fn
-        if not callable(given) or inspect.iscoroutinefunction(given):
-            if inspect.iscoroutine(given):
-                given.close()  # or Python would warn that it was never awaited
-            raise TypeError(f"jobs.submit() takes a function made with 'def', and its arguments, not {given!r}")
-        return _on_loop("submit", self._take, lambda pool: pool.run(fn, *args, **kwargs))
+        job = Job(self, getattr(fn, "__qualname__", type(fn).__qualname__))
+        calls = self._calls.options(queue_timeout=None, background=True, on_start=job._start, on_report=job._report)
+        call: PreparedCall[object] = calls.prepare(fn, *args, **kwargs)
+        _on_loop("submit", self._take, job, call)
+        return job
 
-    def _take(self, work: Work) -> Job:
+    def _take(self, job: Job, call: PreparedCall[object]) -> None:
         if self.pool.is_closed:
             raise PoolClosed(self.pool.settings.name)
+        if not self.pool.is_started:
+            raise JobsNotStarted(self.pool.settings.name)
+        self._settle_on(_running_loop())
         self._forget_old()
         if len(self._jobs) >= self.max_jobs:
             if not self._ended:
                 raise JobsFull(len(self._jobs), self._time_per_job())
-            self._forget(self._ended.popleft())
-        job = Job()
+            self._forget_first()
         self._jobs[job.id] = job
-        self._queued[job] = work, copy_context()
+        self._queued[job] = call, copy_context()
         self._start_next()
-        return job
 
     def _time_per_job(self) -> float:
         run_time = sum(self._run_times) / len(self._run_times) if self._run_times else _GUESSED_RUN_TIME
@@ -237,23 +133,32 @@ class Jobs:
             JobNotFound: there is none.
         """
         job = self._jobs.get(job_id)
-        if job is not None and time.monotonic() < job._expires:
-            return job
-        raise JobNotFound(job_id) if job is None and job_id not in self._expired else JobExpired(job_id)
+        if job is None:
+            raise (JobExpired if job_id in self._expired else JobNotFound)(job_id)
+        return job
 
     def cancel(self, job: Job) -> bool:
         """Stop a job, as a call of the pool that is cancelled; False if it has ended before.
 
         The task may go on for the pool's `grace`; the job is over at once.
+
+        Raises:
+            ValueError: it is not one of these jobs.
+            RuntimeError: there is no event loop here.
         """
-        return _on_loop("cancel", self._cancel, job)
+        if getattr(job, "jobs", None) is not self:
+            raise ValueError(f"{job!r} is not one of these jobs; for an id, write jobs.cancel(jobs.get(job_id))")
+        was_running: bool = _on_loop("cancel", self._cancel, job)
+        return was_running
 
     def _cancel(self, job: Job) -> bool:
-        if job.is_done:
+        if not job._end(JobState.CANCELLED):
             return False
         self._queued.pop(job, None)
-        job._scope.cancel()
-        self._end(job, JobState.CANCELLED)
+        if job in self._active:
+            self._active[job].cancel()
+        self._note_end(job)
+        self._forget_later()
         return True
 
     async def wait(self, job: Job) -> Any:
@@ -261,14 +166,15 @@ class Jobs:
 
         Raises:
             Exception: the job's own error.
-            JobCancelled: it was cancelled, or the pool closed before its turn came.
+            PoolClosed: the pool was closed before it had ended.
+            JobCancelled: it was cancelled.
 
         Cancellation: the job goes on.
         """
         async for _ in self.events(job):
             pass
         if job.error is not None:
-            raise job.error
+            raise job.error.with_traceback(None)  # or it would grow with each who waits
         if job.state is JobState.CANCELLED:
             raise JobCancelled(job.id)
         return job.result
@@ -280,117 +186,158 @@ class Jobs:
 
         Cancellation: the job goes on; so may the iteration.
         """
-        return _Events(job)
+        return JobEvents(job)
 
     # --- the work ---
 
+    def _settle_on(self, loop: object) -> None:
+        """Belong to this event loop from now on."""
+        if loop is self._loop:
+            return
+        unfinished = [*self._active, *self._queued]
+        if unfinished and _is_open(self._loop):
+            raise RuntimeError(
+                "these jobs belong to another event loop, which still runs; make a Jobs for each event loop"
+            )
+        for each in (self._active, self._queued, self._tasks):
+            each.clear()  # the tasks will never run again
+        for job in unfinished:
+            job._end(JobState.CANCELLED)
+        self._loop, self._is_forgetting = loop, False
+        for job in unfinished:
+            self._note_end(job)
+
     def _start_next(self) -> None:
-        while self._queued and self._active < self.pool.max_workers:
+        while self._queued and len(self._active) < self.pool.max_workers:
             job = next(iter(self._queued))
-            work, context = self._queued.pop(job)
-            self._active += 1
-            if _in_trio():
-                import trio
+            call, context = self._queued.pop(job)
+            self._active[job] = anyio.CancelScope()
+            self._spawn(self._live(job, call, self._active[job]), context)
 
-                trio.lowlevel.spawn_system_task(self._live, job, work, context=context)
-            else:
-                task = asyncio.create_task(self._live(job, work), context=context)
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], context: Context) -> None:
+        if not isinstance(self._loop, asyncio.AbstractEventLoop):
+            import trio
 
-    async def _live(self, job: Job, work: Work) -> None:
-        try:
-            with job._scope:
-                await self._run(job, work)
-        except BaseException:  # the event loop ends
-            self._end(job, JobState.CANCELLED)
-            self._cancel_queued()
-            raise
-        finally:
-            self._active -= 1
-        self._start_next()
-
-    async def _run(self, job: Job, work: Work) -> None:
-        calls = self._calls.options(
-            queue_timeout=None,
-            on_start=lambda: job._change(state=JobState.RUNNING, started_at=datetime.now(UTC)),
-            on_report=lambda value: job._change(progress=value),
-        )
-        try:
-            result = await _call(work, calls)
-        except PoolClosed as error:
-            self._end(job, JobState.CANCELLED, error=error)
-        except TaskTimeout as error:
-            self._end(job, JobState.TIMED_OUT, error=error)
-            _logger.warning("%r: %s", job, error)
-        except Exception as error:
-            self._end(job, JobState.FAILED, error=error)
-            _logger.error("%r", job, exc_info=error)
+            trio.lowlevel.spawn_system_task(lambda: coroutine, context=context)
         else:
-            self._end(job, JobState.SUCCEEDED, result=result)
+            task = asyncio.create_task(coroutine, context=context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def _cancel_queued(self) -> None:
-        queued, self._queued = self._queued, {}
-        for job in queued:
-            self._end(job, JobState.CANCELLED)
+    async def _live(self, job: Job, call: PreparedCall[object], scope: anyio.CancelScope) -> None:
+        try:
+            with scope:
+                await self._run(job, call)
+        except BaseException:  # somebody cancels all tasks: the event loop ends
+            if self._active.pop(job, None) is not None:  # else another event loop is there already
+                self._cancel_with_all_queued(job, "the event loop has ended")
+            raise
+        del self._active[job]
+        self._start_next()
+        self._forget_later()
 
-    def _end(self, job: Job, state: JobState, *, result: object = None, error: Exception | None = None) -> None:
-        if job.is_done:
-            return  # it was cancelled
-        self._forget_old()
-        now = datetime.now(UTC)
-        if job.started_at is not None:
-            self._run_times.append((now - job.started_at).total_seconds())
-        job._expires = time.monotonic() + self.ttl
-        self._ended.append(job)
-        job._change(state=state, ended_at=now, result=result, error=error)
+    async def _run(self, job: Job, call: PreparedCall[object]) -> None:
+        try:
+            result = await call.run()
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            if job._end(JobState.SUCCEEDED, result=result):
+                self._note_end(job)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        is_ours = not isinstance(error.__cause__, RemoteTraceback)  # else the work itself has raised it
+        if is_ours and isinstance(error, PoolClosed):
+            self._cancel_with_all_queued(job, "the pool was closed", error)
+            return
+        state = JobState.TIMED_OUT if is_ours and isinstance(error, TaskTimeout) else JobState.FAILED
+        if job._end(state, error=error):
+            if state is JobState.TIMED_OUT:
+                _logger.warning("%r: %s", job, error)
+            else:
+                _logger.error("%r", job, exc_info=error)
+            self._note_end(job)
+        _drop_frames(error)
+
+    def _cancel_with_all_queued(self, job: Job, why: str, error: Exception | None = None) -> None:
+        unfinished = [job, *self._queued]
+        self._queued.clear()
+        ended = [each for each in unfinished if each._end(JobState.CANCELLED, error=error)]
+        for each in ended:
+            self._note_end(each)
+        if ended:
+            _logger.warning("background jobs cancelled because %s: %d", why, len(ended))
+
+    def _note_end(self, job: Job) -> None:
+        if job.started_at is not None and job.ended_at is not None and job.state is not JobState.CANCELLED:
+            self._run_times.append((job.ended_at - job.started_at).total_seconds())
+        self._ended.append((time.monotonic() + self.ttl, job))
 
     # --- forgetting ---
 
-    def _forget_old(self) -> None:
-        now = time.monotonic()
-        while self._ended and self._ended[0]._expires <= now:
-            self._forget(self._ended.popleft())
+    def _forget_later(self) -> None:
+        if self._ended and not self._is_forgetting:
+            self._is_forgetting = True
+            self._spawn(self._forget_in_time(), Context())
 
-    def _forget(self, job: Job) -> None:
+    async def _forget_in_time(self) -> None:
+        try:
+            while self._ended:
+                await anyio.sleep(max(self._ended[0][0] - time.monotonic(), 0))
+                self._forget_old()
+        finally:
+            self._is_forgetting = False
+
+    def _forget_old(self) -> None:
+        while self._ended and self._ended[0][0] <= time.monotonic():
+            self._forget_first()
+
+    def _forget_first(self) -> None:
+        _, job = self._ended.popleft()
         del self._jobs[job.id]
         self._expired[job.id] = None
         if len(self._expired) > _EXPIRED_IDS:
             del self._expired[next(iter(self._expired))]
 
 
-class _Events:
-    """An asynchronous iterator; not a generator, which a cancellation would end, and which has to be closed."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._version = -1
-        self._is_over = False
-
-    def __aiter__(self) -> _Events:
-        return self
-
-    async def __anext__(self) -> Job:
-        if self._is_over:
-            raise StopAsyncIteration
-        if self._version == self._job.version:
-            await self._job._has_changed.wait()
-        self._version, self._is_over = self._job.version, self._job.is_done
-        return self._job
+def _drop_frames(error: BaseException | None) -> None:
+    """Forget where an error has passed here: the frames hold the call, with its arguments."""
+    while error is not None:
+        error.with_traceback(None)
+        error = error.__cause__ or error.__context__
 
 
-async def _call(work: Work, calls: CpuPoolView) -> object:
-    """Make the call, when there is room for it in the pool's queue."""
-    while True:
-        try:
-            return await work(calls)
-        except PoolFull as full:
-            await anyio.sleep(min(max(full.retry_after, 0.01), 1))
+# --- event loops ---
+
+
+def _running_loop() -> object:
+    """Return the event loop that runs in this thread: asyncio's, or trio's token; None without one."""
+    lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+    if lowlevel is not None and lowlevel.in_trio_run():
+        token: object = lowlevel.current_trio_token()
+        return token
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _is_open(loop: Any) -> bool:
+    """Return True if an event loop, as `_running_loop` has returned it, may run on."""
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return not loop.is_closed()
+    import trio
+
+    try:
+        loop.run_sync_soon(int)
+    except trio.RunFinishedError:
+        return False
+    return True
 
 
 def _on_loop(what: str, function: Callable[..., T], *args: object) -> T:
     """Return `function(*args)`, run on the event loop of this thread, or on that which has started it."""
-    if _in_trio() or _in_asyncio():
+    if _running_loop() is not None:
         return function(*args)
     has_begun = False
 
@@ -405,19 +352,6 @@ def _on_loop(what: str, function: Callable[..., T], *args: object) -> T:
         if has_begun:
             raise
         raise RuntimeError(
-            f"jobs.{what}() is for a program with an event loop: call it there, or in a thread that was started by "
-            "anyio.to_thread or for a 'def' endpoint; elsewhere, pool.as_executor() runs work in the background"
+            f"jobs.{what}() needs an event loop: call it there, in a 'def' endpoint, or in a thread that was started "
+            "by anyio.to_thread.run_sync (in the place of asyncio.to_thread)"
         ) from None
-
-
-def _in_trio() -> bool:
-    lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
-    return lowlevel is not None and lowlevel.in_trio_run()
-
-
-def _in_asyncio() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -122,7 +122,7 @@ def _log(what: str, error: Exception) -> None:
     status, _, _ = answer_to(error)
     if status == 500:
         _logger.error("%s", what, exc_info=error)
-    else:
+    elif status > 500:
         _logger.warning("%s (%s: %s)", what, type(error).__name__, error)
 
 
@@ -160,7 +160,8 @@ def exception_handlers() -> dict[type[Exception], Callable[..., Any]]:
     `PoolFull` becomes 503 with `Retry-After`, `QueueTimeout` 503, `TaskTimeout` 504, `PoolClosed`, `PoolBroken` and
     `InitializerFailed` 503, `WorkerDied` 500.  The response says no more than that; the error goes to the log, under
     the name "cpupool".  A websocket gets the same response before it is accepted, where the server can give one, and is
-    closed with 1011, 1012 or 1013 after that.  Errors of a task itself stay as they are.
+    closed with 1011, 1012 or 1013 after that.  `JobNotFound` becomes 404, `JobExpired` 410 and `JobCancelled` 409.
+    Errors of a task itself stay as they are.
     """
     return {**dict.fromkeys(ANSWERS, _handle), ClientDisconnect: _forget}
 
