@@ -81,7 +81,7 @@ class Jobs:
         self._loop: object = None  # the event loop, or trio's token
         self._jobs: dict[str, Job] = {}
         self._queued: dict[Job, tuple[PreparedCall[object], Context]] = {}  # in order
-        self._active: dict[Job, anyio.CancelScope] = {}  # those that are with the pool
+        self._active: dict[Job, Callable[[], object]] = {}  # those that are with the pool, and what cancels them
         self._ended: deque[tuple[float, Job]] = deque()  # when they are to be forgotten, in this order
         self._expired: dict[str, None] = {}  # ids, in the same order
         self._is_forgetting = False  # there is a task for it
@@ -154,10 +154,12 @@ class Jobs:
     def _cancel(self, job: Job) -> bool:
         if not job._end(JobState.CANCELLED):
             return False
-        self._queued.pop(job, None)
-        if job in self._active:
-            self._active[job].cancel()
         self._note_end(job)
+        self._queued.pop(job, None)
+        cancel = self._active.pop(job, None)
+        if cancel is not None:
+            cancel()
+        self._start_next()
         self._forget_later()
         return True
 
@@ -211,30 +213,43 @@ class Jobs:
         while self._queued and len(self._active) < self.pool.max_workers:
             job = next(iter(self._queued))
             call, context = self._queued.pop(job)
-            self._active[job] = anyio.CancelScope()
-            self._spawn(self._live(job, call, self._active[job]), context)
+            self._active[job] = _nothing  # until it has a task, which may begin at once
+            cancel = self._spawn(self._live(job, call), context)
+            if job in self._active:
+                self._active[job] = cancel
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], context: Context) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], context: Context) -> Callable[[], object]:
+        """Run it in a task of its own; return what cancels it.
+
+        Not a scope of anyio's: a task that is in one is never collected if its event loop is closed before its end, and
+        would keep its worker.
+        """
         if not isinstance(self._loop, asyncio.AbstractEventLoop):
             import trio
 
-            trio.lowlevel.spawn_system_task(lambda: coroutine, context=context)
-        else:
-            task = asyncio.create_task(coroutine, context=context)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            scope = trio.CancelScope()
 
-    async def _live(self, job: Job, call: PreparedCall[object], scope: anyio.CancelScope) -> None:
+            async def run() -> None:
+                with scope:
+                    await coroutine
+
+            trio.lowlevel.spawn_system_task(run, context=context)
+            return scope.cancel
+        task = asyncio.create_task(coroutine, context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task.cancel
+
+    async def _live(self, job: Job, call: PreparedCall[object]) -> None:
         try:
-            with scope:
-                await self._run(job, call)
-        except BaseException:  # somebody cancels all tasks: the event loop ends
-            if self._active.pop(job, None) is not None:  # else another event loop is there already
+            await self._run(job, call)
+        except BaseException:
+            if self._active.pop(job, None) is not None:  # it was not cancelled: the event loop ends
                 self._cancel_with_all_queued(job, "the event loop has ended")
             raise
-        del self._active[job]
-        self._start_next()
-        self._forget_later()
+        if self._active.pop(job, None) is not None:
+            self._start_next()
+            self._forget_later()
 
     async def _run(self, job: Job, call: PreparedCall[object]) -> None:
         try:
@@ -298,6 +313,10 @@ class Jobs:
         self._expired[job.id] = None
         if len(self._expired) > _EXPIRED_IDS:
             del self._expired[next(iter(self._expired))]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _drop_frames(error: BaseException | None) -> None:
