@@ -1,9 +1,11 @@
 """An ASGI application without a framework, with a pool around it.
 
-pip install cpupool uvicorn
-python examples/any_asgi.py             # or, in this folder: uvicorn any_asgi:app
+    pip install cpupool uvicorn
+    python examples/any_asgi.py         # or, in this folder: uvicorn any_asgi:app
 
-curl localhost:8000 -d 'see example.org, or www.python.org'
+    curl localhost:8000 -d 'see example.org, or www.python.org'
+
+Which status suits which error of the pool, a framework's adapter knows; see docs/web.md.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 from collections.abc import MutableMapping
 from typing import Any
 
-from cpupool import CpuPool, PoolFull, TaskTimeout
+from cpupool import CpuPool, CpuPoolError, PoolFull, TaskTimeout
 from cpupool.asgi import PoolLifespan
 from cpupool.domains import find_domains
 
@@ -36,6 +38,8 @@ async def application(scope: MutableMapping[str, Any], receive: Any, send: Any) 
         headers.append((b"retry-after", str(int(error.retry_after) + 1).encode()))
     except TaskTimeout:
         status, answer = 504, "this took too long"
+    except CpuPoolError:
+        status, answer = 503, "not available"
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 

@@ -51,7 +51,7 @@ def work_in_a_thread(rounds: int) -> int:
 
 @executors.post("/work")
 async def work_in_an_executor_of_its_own(rounds: int) -> int:
-    with ProcessPoolExecutor() as executor:
+    with ProcessPoolExecutor(1) as executor:  # as many as CPUs, by default, for one call
         return await asyncio.get_running_loop().run_in_executor(executor, work.burn, rounds)
 
 
@@ -97,7 +97,7 @@ async def serve(app: str) -> AsyncIterator[tuple[httpx2.AsyncClient, psutil.Proc
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", f"{Path(__file__).stem}:{app}", "--app-dir", str(Path(__file__).parent)]
     options = ["--port", str(port), "--log-level", "warning"]
-    limits = httpx2.Limits(max_connections=None)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     process = await asyncio.create_subprocess_exec(*command, *options)
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as client:
@@ -150,6 +150,8 @@ async def compare(app: str, rounds: int) -> Outcome:
         async def do_work() -> None:
             (await client.post("/work", params={"rounds": rounds})).raise_for_status()
 
+        await asyncio.gather(*(ask() for _ in range(2 * REQUESTS)))  # connections are open, then
+        pings.clear()
         cpu, began = cpu_of(server), time.perf_counter()
         pinging = asyncio.create_task(ask_again_and_again())
         await asyncio.gather(*(do_work() for _ in range(REQUESTS)))

@@ -1,11 +1,13 @@
 """A Starlette service that finds domain names: in a request, and in the background.
 
-pip install 'cpupool[starlette]' uvicorn
-python examples/starlette_app.py        # or, in this folder: uvicorn starlette_app:app
+    pip install 'cpupool[starlette]' uvicorn
+    python examples/starlette_app.py    # or, in this folder: uvicorn starlette_app:app
 
-curl localhost:8000/domains -d 'see example.org, or www.python.org'
-curl -i localhost:8000/jobs -d 'see example.org'
-curl localhost:8000/jobs/ID/result
+    curl localhost:8000/domains -d 'see example.org, or www.python.org'
+    curl -i localhost:8000/jobs -d 'see example.org'
+    curl localhost:8000/jobs/ID/result
+
+The same for FastAPI, with a little more, is in fastapi_app.py.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ jobs = Jobs(pool.options(timeout=600))
 
 
 async def find(request: Request) -> Response:
-    text = (await request.body()).decode()
+    text = (await request.body()).decode(errors="replace")
     return JSONResponse(await get_pool(request).run(find_domains, text))
 
 
 async def submit(request: Request) -> Response:
-    text = (await request.body()).decode()
+    text = (await request.body()).decode(errors="replace")
     return accepted(request, jobs.submit(work.count_domains, text))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import cpupool
 import tasks
-from cpupool import CpuPool
+from cpupool import CpuPool, CpuPoolView, PoolFull, TaskNotPicklable, TaskTimeout
 
 pytestmark = pytest.mark.anyio
 
@@ -202,3 +202,76 @@ def test_configure_default_checks_its_settings() -> None:
         cpupool.configure_default(max_workers=0)
     with pytest.raises(TypeError, match="max_wokers"):
         cpupool.configure_default(max_wokers=2)
+
+
+# --- prepared calls ---
+
+
+async def test_a_prepared_call_runs_later_and_often_with_what_it_was_given() -> None:
+    values = [1, 2, 3]
+    async with CpuPool(2) as pool:
+        prepared = pool.prepare(sum, values)
+        values.clear()
+        assert await prepared.run() == 6
+        assert await anyio.to_thread.run_sync(prepared.run_sync) == 6
+        slow = pool.options(timeout=0.1, label="slow one").prepare(tasks.spin_forever)
+        with pytest.raises(TaskTimeout, match="slow one"):
+            await slow.run()
+
+
+async def test_runs_of_a_prepared_call_at_once_know_nothing_of_each_other(tmp_path: Path) -> None:
+    """Each has attempts of its own."""
+    path = tmp_path / "died"
+    seen = []
+    async with CpuPool(2) as pool, anyio.create_task_group() as group:
+        prepared = pool.options(retries=1).prepare(tasks.die_the_first_time_and_describe, str(path))
+
+        async def run() -> None:
+            seen.append(await prepared.run())
+
+        for _ in range(4):
+            group.start_soon(run)
+    assert sorted(seen) == [1, 1, 1, 2]
+
+
+def test_what_cannot_be_sent_is_known_when_it_is_prepared() -> None:
+    pool = CpuPool(1)
+    with pytest.raises(TaskNotPicklable):
+        pool.prepare(lambda: None)
+    with pytest.raises(TypeError, match="async def"):
+        pool.prepare(tasks.AsyncCallable(), 1)
+    assert not pool.is_started
+
+
+async def test_a_call_in_the_background_is_neither_refused_nor_counted(tmp_path: Path) -> None:
+    gate = tasks.Gate(tmp_path)
+    results = []
+    async with CpuPool(1, max_pending=1) as pool, anyio.create_task_group() as group:
+        background = pool.options(background=True)
+
+        async def run(calls: CpuPool | CpuPoolView, number: int) -> None:
+            results.append(await calls.run(tasks.add, number))
+
+        group.start_soon(pool.run, tasks.hold, *gate.arguments)
+        await anyio.to_thread.run_sync(gate.wait_until_begun)
+        all_calls: list[CpuPool | CpuPoolView] = [background, background, pool, background]
+        for number, calls in enumerate(all_calls):
+            group.start_soon(run, calls, number)
+            while f"{number + 1} waiting" not in repr(pool):
+                await anyio.lowlevel.checkpoint()
+        with pytest.raises(PoolFull) as caught:
+            await pool.run(tasks.add, 1)
+        assert caught.value.pending == 1
+        gate.open()
+    assert results == [0, 1, 2, 3]
+    with pytest.raises(TypeError, match="background must be True or False"):
+        pool.options(background=1)  # type: ignore[arg-type]
+
+
+def test_a_pool_is_started_from_its_first_use_to_its_end() -> None:
+    pool = CpuPool(1)
+    seen = [pool.is_started]
+    pool.run_sync(tasks.add, 1)
+    seen.append(pool.is_started)
+    pool.close()
+    assert [*seen, pool.is_started] == [False, True, False]

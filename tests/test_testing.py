@@ -57,6 +57,8 @@ async def test_d8_calls_give_the_same(make: Any, monkeypatch: pytest.MonkeyPatch
         assert await pool.map(items.weigh, range(5), [10] * 4) == [0, 10, 20, 30]
         async with pool.stream(items.to_text, numbers(), ordered=False) as results:
             assert sorted([each async for each in results]) == ["0", "1", "2"]
+        assert await pool.prepare(tasks.add, 1, 2).run() == 3
+        assert pool.is_started
         seen: list[int] = []
         assert await pool.options(on_report=seen.append).run(reporting.report_all, [1, 2]) == 2
         assert seen[-1] == 2
