@@ -605,6 +605,8 @@ def test_an_event_loop_that_is_closed_as_it_is_leaves_its_jobs_cancelled() -> No
         jobs = Jobs(pool)
         loop = asyncio.new_event_loop()
         left = loop.run_until_complete(submit(2))
+        with contextlib.suppress(TimeoutError):
+            loop.run_until_complete(asyncio.wait_for(asyncio.shield(loop.create_task(jobs.wait(left[0]))), 0))
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio would say that it was destroyed
         del task

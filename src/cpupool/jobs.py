@@ -148,8 +148,8 @@ class Jobs:
         """
         if getattr(job, "jobs", None) is not self:
             raise ValueError(f"{job!r} is not one of these jobs; for an id, write jobs.cancel(jobs.get(job_id))")
-        was_running: bool = _on_loop("cancel", self._cancel, job)
-        return was_running
+        was_in_time: bool = _on_loop("cancel", self._cancel, job)
+        return was_in_time
 
     def _cancel(self, job: Job) -> bool:
         if not job._end(JobState.CANCELLED):
@@ -203,10 +203,10 @@ class Jobs:
             )
         for each in (self._active, self._queued, self._tasks):
             each.clear()  # the tasks will never run again
-        for job in unfinished:
-            job._end(JobState.CANCELLED)
         self._loop, self._is_forgetting = loop, False
         for job in unfinished:
+            job._has_changed = None  # nobody can wait there any more
+            job._end(JobState.CANCELLED)
             self._note_end(job)
 
     def _start_next(self) -> None:
@@ -256,6 +256,7 @@ class Jobs:
             result = await call.run()
         except Exception as error:
             self._fail(job, error)
+            _drop_frames(error)
         else:
             if job._end(JobState.SUCCEEDED, result=result):
                 self._note_end(job)
@@ -272,7 +273,6 @@ class Jobs:
             else:
                 _logger.error("%r", job, exc_info=error)
             self._note_end(job)
-        _drop_frames(error)
 
     def _cancel_with_all_queued(self, job: Job, why: str, error: Exception | None = None) -> None:
         unfinished = [job, *self._queued]
