@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
+import hypothesis  # noqa: F401  # it looks for what it needs among what can be collected: see _little_to_collect
 import psutil
 import pytest
 import uvloop
@@ -73,6 +74,13 @@ def _helpers_of_others() -> None:
     process.start()
     process.join()
     process.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect(_helpers_of_others: None) -> None:
+    """Spare the garbage collection after each test what was there before: it would take as long as most tests do."""
+    gc.collect()
+    gc.freeze()
 
 
 def _census() -> dict[str, set[str]]:

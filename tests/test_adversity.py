@@ -62,6 +62,7 @@ async def test_infinite_times_are_no_limit() -> None:
         assert await pool.run(tasks.add, 1, 1) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", START_METHODS)
 def test_running_out_of_descriptors_is_an_error_and_passes(method: str, run_script: RunScript) -> None:
     """Wherever in the start it happens: the call fails, nothing stays open, and the same pool works afterwards."""

@@ -81,6 +81,7 @@ async def _run_calls(pool: CpuPool, randomness: random.Random) -> collections.Co
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 60)
 def test_chaos() -> None:
     """2,000 calls over 4 workers in less than 60 s; every one of them has exactly one outcome."""

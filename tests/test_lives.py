@@ -382,6 +382,7 @@ def test_what_a_task_started_ends_with_its_worker_even_in_peace(tmp_path: Path) 
     wait_until_gone(int(path.read_text()), seconds=2)
 
 
+@pytest.mark.slow
 def test_a_stopped_fork_server_is_replaced_and_timeouts_hold_afterwards() -> None:
     with CpuPool(2) as pool:
         server = pool._supervisor._births._starter.server
@@ -617,7 +618,7 @@ def test_c4_a_worker_too_large_for_any_task_is_reported_as_such() -> None:
 # --- C5: replacement ---
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 async def test_c5_no_call_is_lost_when_workers_are_replaced(limit: int, tmp_path: Path) -> None:
     left = tmp_path / "left"
     numbers: list[int] = []
@@ -976,6 +977,7 @@ def test_a_size_is_an_int() -> None:
 # --- C8 ---
 
 
+@pytest.mark.slow
 def test_c8_threads_that_hold_locks_do_not_keep_workers_from_starting(run_script: RunScript) -> None:
     """200 starts while the program's threads log as fast as they can; warnings are errors in this script."""
     done = run_script("""

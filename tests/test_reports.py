@@ -217,6 +217,7 @@ async def test_a_process_that_a_task_has_forked_reports_nothing() -> None:
     assert seen == ["parent"]
 
 
+@pytest.mark.slow
 def test_a_report_is_read_whole_while_it_is_being_written(tmp_path: Path) -> None:
     """By another thread, which reads as the pool does, from the file."""
     fd = os.memfd_create("test")

@@ -771,6 +771,7 @@ def _context_switches(pid: int) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_an_idle_pool_does_not_wake_up() -> None:
     with CpuPool(4, timeout=60, queue_timeout=60) as pool:
         for _ in range(20):
