@@ -312,6 +312,52 @@ async def test_a_job_that_was_cancelled_in_time_never_runs(tmp_path: Path) -> No
 
 
 @anyio_mark
+async def test_a_job_that_is_cancelled_at_once_does_not_run(tmp_path: Path) -> None:
+    """Though a worker is idle."""
+    async with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        for _ in range(10):
+            jobs.cancel(jobs.submit(tasks.append_line, str(tmp_path / "ran")))
+        assert await jobs.wait(jobs.submit(tasks.add, 1)) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@anyio_mark
+async def test_a_filter_of_the_log_that_fails_costs_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise LookupError("no such name")
+
+    logger = logging.getLogger("cpupool")
+    logger.addFilter(refuse)
+    try:
+        async with CpuPool(1) as pool:
+            jobs = Jobs(pool, max_jobs=2)
+            failing = jobs.submit(items.fail, "such thing")
+            other = jobs.submit(tasks.add, 1)
+            with pytest.raises(ValueError, match="no such thing"):
+                await jobs.wait(failing)
+            assert await jobs.wait(other) == 1
+            assert await jobs.wait(jobs.submit(tasks.add, 2)) == 2  # there is room again
+    finally:
+        logger.removeFilter(refuse)
+
+
+def test_a_task_that_is_cancelled_before_its_first_step_leaves_its_place() -> None:
+    async def work() -> object:
+        job = jobs.submit(tasks.add, 1)
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()
+        with pytest.raises(JobCancelled):
+            await jobs.wait(job)
+        return await jobs.wait(jobs.submit(tasks.add, 40, 2))
+
+    with CpuPool(1) as pool:
+        jobs = Jobs(pool)
+        assert asyncio.run(work()) == 42
+
+
+@anyio_mark
 async def test_whoever_waits_may_leave_and_the_job_goes_on(tmp_path: Path) -> None:
     gate = tasks.Gate(tmp_path)
     async with CpuPool(1) as pool:
@@ -597,9 +643,9 @@ def test_an_event_loop_that_is_closed_as_it_is_leaves_its_jobs_cancelled() -> No
         return [jobs.submit(tasks.spin_forever) for _ in range(times)]
 
     async def work() -> object:
-        job = jobs.submit(tasks.add, 40, 2)
-        gc.collect()  # of the task that has the only worker
-        return await jobs.wait(job)
+        with pytest.raises(JobCancelled):
+            await jobs.wait(left[1])
+        return await jobs.wait(jobs.submit(tasks.add, 40, 2))
 
     with CpuPool(1) as pool:
         jobs = Jobs(pool)
@@ -607,9 +653,9 @@ def test_an_event_loop_that_is_closed_as_it_is_leaves_its_jobs_cancelled() -> No
         left = loop.run_until_complete(submit(2))
         with contextlib.suppress(TimeoutError):
             loop.run_until_complete(asyncio.wait_for(asyncio.shield(loop.create_task(jobs.wait(left[0]))), 0))
-        for task in asyncio.all_tasks(loop):
+        left_tasks = asyncio.all_tasks(loop)
+        for task in left_tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio would say that it was destroyed
-        del task
         loop.close()
         assert asyncio.run(work()) == 42
         assert {each.state for each in left} == {JobState.CANCELLED}
@@ -618,13 +664,19 @@ def test_an_event_loop_that_is_closed_as_it_is_leaves_its_jobs_cancelled() -> No
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_jobs_of_one_event_loop_are_not_taken_by_another(backend: str) -> None:
     refused: list[int] = []
+    job: Job
 
     async def other() -> None:
         with pytest.raises(RuntimeError, match="these jobs belong to another event loop, which still runs"):
             jobs.submit(tasks.add, 1)
+        with pytest.raises(RuntimeError, match="these jobs belong to another event loop, which still runs"):
+            jobs.cancel(job)
+        with pytest.raises(RuntimeError, match="these jobs belong to another event loop, which still runs"):
+            await jobs.wait(job)
         refused.append(1)
 
     async def first() -> None:
+        nonlocal job
         job = jobs.submit(tasks.spin_forever)
         await anyio.to_thread.run_sync(lambda: anyio.run(other, backend=backend))
         jobs.cancel(job)
@@ -635,6 +687,32 @@ def test_jobs_of_one_event_loop_are_not_taken_by_another(backend: str) -> None:
         anyio.run(first, backend=backend)
         anyio.run(first, backend=backend)
     assert len(refused) == 2
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_event_loops_may_take_turns(backend: str) -> None:
+    async def work(number: int) -> tuple[str, object]:
+        job = jobs.submit(tasks.add, number)
+        return job.id, await jobs.wait(job)
+
+    with (
+        CpuPool(1) as pool,
+        anyio.from_thread.start_blocking_portal(backend) as one,
+        anyio.from_thread.start_blocking_portal(backend) as other,
+    ):
+        jobs = Jobs(pool, ttl=0.05)
+        ids = []
+        for number in range(10):
+            job_id, result = (one, other)[number % 2].call(work, number)
+            ids.append(job_id)
+            assert result == number
+        deadline = time.monotonic() + 10
+        while jobs._jobs:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        for each in ids:
+            with pytest.raises(JobExpired):
+                jobs.get(each)
 
 
 def test_a_loop_with_eager_tasks() -> None:

@@ -950,7 +950,7 @@ async def test_a_task_that_is_interrupted_by_the_close_keeps_its_grace_for_clean
 
         async def call() -> None:
             with pytest.raises(PoolClosed):
-                await pool.run(tasks.report_begin, str(fifo), tasks.write_in_finally, str(path))
+                await pool.run(tasks.say_so_and_write_in_finally, str(fifo), str(path))
 
         group.start_soon(call)
         await anyio.to_thread.run_sync(fifo.read_text)

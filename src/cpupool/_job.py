@@ -42,7 +42,7 @@ class Job:
         started_at: when a worker took it; None while it waits.
         ended_at: None until it is done.
         result: what it has returned; None before, and if it has not succeeded.
-        error: the exception it has ended with, without its traceback here, which would keep the arguments; or None.
+        error: the exception it has ended with, or None; whoever waits for the job gets this one.
         version: how often it has changed.
     """
 
@@ -88,7 +88,7 @@ class Job:
         self._change(progress=value)
 
     def _end(self, state: JobState, *, result: object = None, error: Exception | None = None) -> bool:
-        return self._change(state=state, ended_at=datetime.now(UTC), result=result, error=error)
+        return self._change(result=result, error=error, ended_at=datetime.now(UTC), state=state)  # a thread may look
 
 
 class JobEvents:
@@ -130,7 +130,10 @@ class JobNotFound(CpuPoolError, LookupError):
 
 
 class JobExpired(JobNotFound):
-    """There was such a job; it ended more than `ttl` seconds ago, or had to make room for newer ones."""
+    """There was such a job; it ended more than `ttl` seconds ago, or had to make room for newer ones.
+
+    The last 10,000 of them are told from ids that never were.
+    """
 
     def __str__(self) -> str:
         return f"the job {self.job_id!r} has ended, and been forgotten (ttl, max_jobs)"
@@ -164,7 +167,7 @@ class JobsFull(PoolFull):
 
 
 class JobsNotStarted(PoolNotStarted):
-    """The pool of these jobs was never entered, so nothing would end it, and them, in time.
+    """The pool of these jobs was not started, so nobody seems to care for its end, and theirs.
 
     Attributes:
         name: the pool's name.

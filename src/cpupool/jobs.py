@@ -9,7 +9,7 @@ process knows nothing of them.  What must survive a restart, be seen from severa
 needs a task queue (Celery, Dramatiq, arq, Temporal).
 
 Rules: jobs change on one event loop only, in plain steps between two awaits; threads go there (`_on_loop`).  A job ends
-once: whoever wins `Job._end` writes that down (`Jobs._note_end`).
+once, in `Jobs._end`; its task may learn of that later.
 
 Theory of operation: as many jobs as the pool has workers are with the pool, each in a task of its own; the others wait
 here, in order, and have no task.  So a thousand jobs do not stand in the pool's queue before everybody else's calls.
@@ -23,7 +23,9 @@ import logging
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -85,6 +87,7 @@ class Jobs:
         self._ended: deque[tuple[float, Job]] = deque()  # when they are to be forgotten, in this order
         self._expired: dict[str, None] = {}  # ids, in the same order
         self._is_forgetting = False  # there is a task for it
+        self._cancel_forgetting: Callable[[], object] = int
         self._run_times: deque[float] = deque(maxlen=32)  # seconds
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself may forget them
 
@@ -144,7 +147,7 @@ class Jobs:
 
         Raises:
             ValueError: it is not one of these jobs.
-            RuntimeError: there is no event loop here.
+            RuntimeError: there is no event loop here, or it is not that of the job.
         """
         if getattr(job, "jobs", None) is not self:
             raise ValueError(f"{job!r} is not one of these jobs; for an id, write jobs.cancel(jobs.get(job_id))")
@@ -152,9 +155,11 @@ class Jobs:
         return was_in_time
 
     def _cancel(self, job: Job) -> bool:
-        if not job._end(JobState.CANCELLED):
+        if job.is_done:
             return False
-        self._note_end(job)
+        self._settle_on(_running_loop())
+        if not self._end(job, JobState.CANCELLED):
+            return False
         self._queued.pop(job, None)
         cancel = self._active.pop(job, None)
         if cancel is not None:
@@ -186,8 +191,13 @@ class Jobs:
 
         Changes that come faster than they are taken are left out.
 
+        Raises:
+            RuntimeError: the job belongs to another event loop.
+
         Cancellation: the job goes on; so may the iteration.
         """
+        if not job.is_done:
+            self._settle_on(_running_loop())
         return JobEvents(job)
 
     # --- the work ---
@@ -197,59 +207,71 @@ class Jobs:
         if loop is self._loop:
             return
         unfinished = [*self._active, *self._queued]
-        if unfinished and _is_open(self._loop):
-            raise RuntimeError(
-                "these jobs belong to another event loop, which still runs; make a Jobs for each event loop"
-            )
-        for each in (self._active, self._queued, self._tasks):
-            each.clear()  # the tasks will never run again
+        if self._loop is not None and _call_soon(self._loop, self._cancel_forgetting):  # it is still open
+            if unfinished:
+                raise RuntimeError(
+                    "these jobs belong to another event loop, which still runs; make a Jobs for each event loop"
+                )
+        else:
+            for task in self._tasks:  # they will never run again, and their calls hold workers
+                coroutine = task.get_coro()
+                if coroutine is not None:
+                    coroutine.close()
         self._loop, self._is_forgetting = loop, False
+        self._tasks.clear()
+        self._active.clear()
+        self._queued.clear()
         for job in unfinished:
-            job._has_changed = None  # nobody can wait there any more
-            job._end(JobState.CANCELLED)
-            self._note_end(job)
+            job._has_changed = None  # those who wait there wait for ever
+            self._end(job, JobState.CANCELLED)
 
     def _start_next(self) -> None:
         while self._queued and len(self._active) < self.pool.max_workers:
             job = next(iter(self._queued))
             call, context = self._queued.pop(job)
-            self._active[job] = _nothing  # until it has a task, which may begin at once
-            cancel = self._spawn(self._live(job, call), context)
-            if job in self._active:
-                self._active[job] = cancel
+            self._active[job] = self._spawn(context, partial(self._leave, job), self._run, job, call)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], context: Context) -> Callable[[], object]:
-        """Run it in a task of its own; return what cancels it.
+    def _spawn(
+        self,
+        context: Context,
+        leave: Callable[[], None],
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *args: Any,
+    ) -> Callable[[], object]:
+        """Run `function(*args)` in a task of its own, and `leave()` when that is over; return what cancels it.
 
-        Not a scope of anyio's: a task that is in one is never collected if its event loop is closed before its end, and
-        would keep its worker.
+        Not in a scope of anyio's: that would keep the task, and the worker, if the event loop is closed before its end.
         """
-        if not isinstance(self._loop, asyncio.AbstractEventLoop):
-            import trio
+        if isinstance(self._loop, asyncio.AbstractEventLoop):
+            task = self._loop.create_task(function(*args), context=context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: leave())
+            return task.cancel
+        import trio
 
-            scope = trio.CancelScope()
+        scope = trio.CancelScope()
 
-            async def run() -> None:
+        async def run() -> None:
+            try:
                 with scope:
-                    await coroutine
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    await function(*args)
+            finally:
+                leave()
 
-            trio.lowlevel.spawn_system_task(run, context=context)
-            return scope.cancel
-        task = asyncio.create_task(coroutine, context=context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task.cancel
+        trio.lowlevel.spawn_system_task(run, context=context)
+        return scope.cancel
 
-    async def _live(self, job: Job, call: PreparedCall[object]) -> None:
-        try:
-            await self._run(job, call)
-        except BaseException:
-            if self._active.pop(job, None) is not None:  # it was not cancelled: the event loop ends
-                self._cancel_with_all_queued(job, "the event loop has ended")
-            raise
-        if self._active.pop(job, None) is not None:
+    def _leave(self, job: Job) -> None:
+        """Go on when the task of a job is over."""
+        if self._active.pop(job, None) is None:
+            return  # it was cancelled
+        if job.is_done:
             self._start_next()
             self._forget_later()
+        else:  # somebody else has cancelled it
+            self._cancel_with_all_queued(job, "the event loop has ended")
 
     async def _run(self, job: Job, call: PreparedCall[object]) -> None:
         try:
@@ -258,8 +280,7 @@ class Jobs:
             self._fail(job, error)
             _drop_frames(error)
         else:
-            if job._end(JobState.SUCCEEDED, result=result):
-                self._note_end(job)
+            self._end(job, JobState.SUCCEEDED, result=result)
 
     def _fail(self, job: Job, error: Exception) -> None:
         is_ours = not isinstance(error.__cause__, RemoteTraceback)  # else the work itself has raised it
@@ -267,41 +288,44 @@ class Jobs:
             self._cancel_with_all_queued(job, "the pool was closed", error)
             return
         state = JobState.TIMED_OUT if is_ours and isinstance(error, TaskTimeout) else JobState.FAILED
-        if job._end(state, error=error):
+        if not self._end(job, state, error=error):
+            return
+        with suppress(Exception):  # a filter or a handler of somebody's
             if state is JobState.TIMED_OUT:
                 _logger.warning("%r: %s", job, error)
             else:
                 _logger.error("%r", job, exc_info=error)
-            self._note_end(job)
 
     def _cancel_with_all_queued(self, job: Job, why: str, error: Exception | None = None) -> None:
         unfinished = [job, *self._queued]
         self._queued.clear()
-        ended = [each for each in unfinished if each._end(JobState.CANCELLED, error=error)]
-        for each in ended:
-            self._note_end(each)
-        if ended:
-            _logger.warning("background jobs cancelled because %s: %d", why, len(ended))
+        ended = sum(self._end(each, JobState.CANCELLED, error=error) for each in unfinished)
+        with suppress(Exception):
+            _logger.warning("background jobs cancelled because %s: %d", why, ended)
 
-    def _note_end(self, job: Job) -> None:
-        if job.started_at is not None and job.ended_at is not None and job.state is not JobState.CANCELLED:
+    def _end(self, job: Job, state: JobState, *, result: object = None, error: Exception | None = None) -> bool:
+        """End a job; False if it has ended before: it was cancelled."""
+        if not job._end(state, result=result, error=error):
+            return False
+        if job.started_at is not None and job.ended_at is not None and state is not JobState.CANCELLED:
             self._run_times.append((job.ended_at - job.started_at).total_seconds())
         self._ended.append((time.monotonic() + self.ttl, job))
+        return True
 
     # --- forgetting ---
 
     def _forget_later(self) -> None:
         if self._ended and not self._is_forgetting:
             self._is_forgetting = True
-            self._spawn(self._forget_in_time(), Context())
+            self._cancel_forgetting = self._spawn(Context(), self._stop_forgetting, self._forget_in_time)
 
     async def _forget_in_time(self) -> None:
-        try:
-            while self._ended:
-                await anyio.sleep(max(self._ended[0][0] - time.monotonic(), 0))
-                self._forget_old()
-        finally:
-            self._is_forgetting = False
+        while self._ended:
+            await anyio.sleep(max(self._ended[0][0] - time.monotonic(), 0))
+            self._forget_old()
+
+    def _stop_forgetting(self) -> None:
+        self._is_forgetting = False
 
     def _forget_old(self) -> None:
         while self._ended and self._ended[0][0] <= time.monotonic():
@@ -309,14 +333,10 @@ class Jobs:
 
     def _forget_first(self) -> None:
         _, job = self._ended.popleft()
+        self._expired[job.id] = None  # first: a thread may ask
         del self._jobs[job.id]
-        self._expired[job.id] = None
         if len(self._expired) > _EXPIRED_IDS:
             del self._expired[next(iter(self._expired))]
-
-
-def _nothing() -> None:
-    pass
 
 
 def _drop_frames(error: BaseException | None) -> None:
@@ -341,15 +361,12 @@ def _running_loop() -> object:
         return None
 
 
-def _is_open(loop: Any) -> bool:
-    """Return True if an event loop, as `_running_loop` has returned it, may run on."""
-    if isinstance(loop, asyncio.AbstractEventLoop):
-        return not loop.is_closed()
-    import trio
-
+def _call_soon(loop: Any, function: Callable[[], object]) -> bool:
+    """Call it on an event loop, as `_running_loop` has returned it; False if that is closed."""
+    call_soon = loop.call_soon_threadsafe if isinstance(loop, asyncio.AbstractEventLoop) else loop.run_sync_soon
     try:
-        loop.run_sync_soon(int)
-    except trio.RunFinishedError:
+        call_soon(function)
+    except RuntimeError:  # trio's RunFinishedError is one, too
         return False
     return True
 
