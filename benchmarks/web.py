@@ -130,6 +130,9 @@ def time_pings(port: int) -> list[float]:
 def crowd(port: int, path: str) -> dict[int, list[float]]:
     """Ask for the same 200 times at once; return the seconds until each answer, by status."""
     clients = [Client(port) for _ in range(CLIENTS)]
+    for client in clients:
+        client.ask("GET /ping")  # so that the server knows them all
+        client.take()
     answers: dict[int, list[float]] = {}
     with selectors.DefaultSelector() as selector:
         for client in clients:
@@ -168,18 +171,19 @@ def main() -> None:
         for client in busy:
             client.close()
 
-    print(f"{CLIENTS} requests at once, max_pending={MAX_PENDING}, 1 worker, {rounds} rounds (under 100 ms)")
-    refused, plain, counts, memory = [], [], set(), []
+    print(f"{CLIENTS} requests at once, max_pending={MAX_PENDING}, 1 worker (to keep under 100 ms)")
+    refused, plain, counts, memory = [], [], set(), []  # of the first two: the last answer of each round
     with serve(BENCH_MAX_WORKERS="1", BENCH_MAX_PENDING=str(MAX_PENDING)) as (port, server):
         for _ in range(rounds):
             answers = crowd(port, "/work")
             counts.add(tuple((status, len(answers[status])) for status in sorted(answers)))
-            refused += answers[503]
-            plain += crowd(port, "/plain")[503]
+            refused.append(max(answers[503]))
+            plain.append(max(crowd(port, "/plain")[503]))
             memory.append(server.memory_info().rss)
     print(f"  answers by status: {'; '.join(str(dict(each)) for each in sorted(counts))}")
-    show("the pool is full: 503", refused)
-    show("503 without a pool, 200 of them", plain)
+    for what, seconds in (("the pool is full", refused), ("without a pool, for comparison", plain)):
+        each = " ".join(f"{second * 1000:.0f}" for second in seconds)
+        print(f"  ms until the last 503, {what}: median {statistics.median(seconds) * 1000:.0f} ({each})")
     print(f"  memory of the server after each round: {', '.join(f'{each / 2**20:.1f}' for each in memory)} MiB")
 
 

@@ -105,7 +105,8 @@ def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
 def _respond(connection: Request, error: Exception) -> Response:
     """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
     response = _make_response(error)
-    _log(f"{connection.method} {connection.url.path}: {response.status_code}", error)
+    path = connection.scope["path"]
+    _log(f"{connection.method} {path}: {response.status_code}", error)
     return response
 
 
@@ -136,7 +137,7 @@ async def _handle(connection: HTTPConnection, error: Exception) -> Response | No
 async def _hang_up(websocket: WebSocket, error: Exception) -> None:
     """Refuse a websocket that was not accepted yet, with a response where the server can do that; close another."""
     status, text, code = answer_to(error)
-    path = websocket.url.path
+    path = websocket.scope["path"]
     if websocket.application_state is WebSocketState.CONNECTING:
         _log(f"websocket {path}: {status}", error)
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
