@@ -12,7 +12,6 @@ from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end, running_l
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable
 
-    from ._call import Call
     from ._executor import PoolExecutorFace
     from ._pool import CpuPool
     from ._stream import Stream
@@ -283,7 +282,8 @@ class PreparedCall(Generic[T]):
 
     __slots__ = ("_call", "_calls")
 
-    def __init__(self, calls: PoolCalls, call: Call) -> None:
+    def __init__(self, calls: PoolCalls, call: Any) -> None:
+        """Args: `call` is a `Call`, whose type is none of a user's concern."""
         self._calls = calls
         self._call = call
 
