@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import hypothesis  # noqa: F401  # it looks for what it needs among what can be collected: see _little_to_collect
 import psutil
@@ -43,19 +44,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
 
 
 # Where the way of a call differs between event loops.  Elsewhere uvloop, which waits as asyncio does, comes with the
-# slow tests.
+# slow tests; and where it is about the workers, trio too.
 EACH_LOOP_AT_ONCE = {"test_calls", "test_time", "test_adversity", "test_offload"}
+ONE_LOOP_AT_ONCE = {"test_lives", "test_one_bad_call"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         callspec = getattr(item, "callspec", None)
-        is_on_uvloop = callspec is not None and callspec.params.get("anyio_backend") == (
-            "asyncio",
-            {"use_uvloop": True},
-        )
-        if is_on_uvloop and item.path.stem not in EACH_LOOP_AT_ONCE:
+        backend: tuple[str, dict[str, Any]] = getattr(callspec, "params", {}).get("anyio_backend") or ("", {})
+        library, options = backend
+        if options.get("use_uvloop") and item.path.stem not in EACH_LOOP_AT_ONCE:
+            item.add_marker(pytest.mark.slow)
+        if library == "trio" and item.path.stem in ONE_LOOP_AT_ONCE:
             item.add_marker(pytest.mark.slow)
 
 

@@ -752,6 +752,7 @@ async def test_a_chunk_that_is_larger_than_the_buffer_is_cut(chunksize: int | No
                 assert await take_all(results) == list(range(50))
 
 
+@pytest.mark.slow
 async def test_large_results_leave_room_for_few() -> None:
     """What waits for a slow consumer is bounded in bytes too; and a batch never needs more room than there is."""
     taken = 0

@@ -150,7 +150,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         server.close()
 
 
-APPS = ["app", "starlette_app", "asgi_app"]
+APPS = ["app", pytest.param("starlette_app", marks=pytest.mark.slow), pytest.param("asgi_app", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
