@@ -118,7 +118,14 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("settings", ["mp_context='forkserver'", "mp_context='spawn'", "preload=('json.tool',)"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "mp_context='forkserver'",
+        pytest.param("mp_context='spawn'", marks=pytest.mark.slow),
+        pytest.param("preload=('json.tool',)", marks=pytest.mark.slow),
+    ],
+)
 def test_c1_nothing_outlives_a_parent_killed_at_any_moment_of_its_start(settings: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""

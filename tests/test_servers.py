@@ -232,7 +232,7 @@ def test_c2_reload_during_a_task(serve: Serve, tmp_path: Path) -> None:
     assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_c2_several_server_processes(number: signal.Signals, serve: Serve, tmp_path: Path) -> None:
     """Each has a pool of its own."""
     server = serve("uvicorn", "webapps:app", "--workers", "2")
