@@ -232,6 +232,10 @@ async def test_runs_of_a_prepared_call_at_once_know_nothing_of_each_other(tmp_pa
         for _ in range(4):
             group.start_soon(run)
     assert sorted(seen) == [1, 1, 1, 2]
+    async with CpuPool(1) as pool:
+        path.unlink()
+        prepared = pool.options(retries=1).prepare(tasks.die_the_first_time_and_describe, str(path))
+        assert [await prepared.run() for _ in range(2)] == [2, 1]
 
 
 def test_what_cannot_be_sent_is_known_when_it_is_prepared() -> None:

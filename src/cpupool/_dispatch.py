@@ -527,10 +527,11 @@ class Dispatcher(Generic[W]):
 
     @property
     def is_full(self) -> bool:
-        """True while another call would be refused if no worker was free, which it is not."""
+        """True while so many calls wait that another one would be refused."""
+        if not self.max_pending:
+            return False  # with 0, none ever waits
         with self._lock:
-            waiting = sum(lease.is_waiting and not lease.is_admitted for lease in self._queue)
-            return self.max_pending is not None and waiting >= self.max_pending > 0
+            return sum(lease.is_waiting and not lease.is_admitted for lease in self._queue) >= self.max_pending
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""

@@ -114,16 +114,20 @@ class JobEvents:
         return job
 
 
-class JobNotFound(CpuPoolError, LookupError):
+class _JobError(CpuPoolError):
+    """What concerns one job."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+
+class JobNotFound(_JobError, LookupError):
     """There is, and was, no job of this id here.
 
     Attributes:
         job_id: the id.
     """
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
 
     def __str__(self) -> str:
         return f"there is no job {self.job_id!r} here; only the server process that has taken a job knows of it"
@@ -139,16 +143,12 @@ class JobExpired(JobNotFound):
         return f"the job {self.job_id!r} has ended, and been forgotten (ttl, max_jobs)"
 
 
-class JobCancelled(CpuPoolError):
+class JobCancelled(_JobError):
     """The job was cancelled, or the event loop ended before it had.
 
     Attributes:
         job_id: its id.
     """
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
 
     def __str__(self) -> str:
         return f"the job {self.job_id!r} was cancelled"

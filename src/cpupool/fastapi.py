@@ -16,7 +16,9 @@ from starlette.requests import HTTPConnection, Request  # noqa: TC002  # FastAPI
 from starlette.responses import Response
 
 from . import CpuPool, starlette
+from ._answers import ANSWERS
 from ._job_routes import JobAnswers, keep_private, name_routes
+from .jobs import JobExpired, JobNotFound
 from .starlette import JobStatus, accepted
 
 if TYPE_CHECKING:
@@ -130,9 +132,7 @@ def routes(
     answers, name = JobAnswers(jobs, jsonable_encoder), name_routes(jobs, prefix, name)
     router = APIRouter(prefix=prefix, tags=["jobs"])
 
-    @router.get(
-        "/{job_id}", name=name, summary="Get a job's status", response_model=JobStatus, responses=_problems(404, 410)
-    )
+    @router.get("/{job_id}", name=name, summary="Get a job's status", response_model=JobStatus, responses=_problems())
     async def get_status(job_id: str) -> Any:
         """What has become of a job so far; with `Retry-After` until it is done."""
         return answers.status(job_id)
@@ -142,7 +142,7 @@ def routes(
         name=f"{name}_cancel",
         summary="Cancel a job",
         response_model=JobStatus,
-        responses=_problems(404, 410, conflict="The job has ended otherwise"),
+        responses=_problems(conflict="The job has ended otherwise."),
     )
     async def cancel(job_id: str) -> Any:
         """Stop a job, whether it waits or runs."""
@@ -153,7 +153,7 @@ def routes(
         name=f"{name}_result",
         summary="Get a job's result",
         response_model=result,
-        responses=_problems(404, 410, conflict="There is no result, or not yet"),
+        responses=_problems(conflict="There is no result, or not yet."),
     )
     async def get_result(job_id: str, response: Response) -> Any:
         """The result of a job that has succeeded."""
@@ -175,7 +175,7 @@ def routes(
         name=f"{name}_events",
         summary="Listen to a job",
         response_class=Response,
-        responses=stream | _problems(404, 410),
+        responses=stream | _problems(),
     )
     async def get_events(job_id: str, request: Request) -> Any:
         """A job's status, now and whenever it changes, as server-sent events."""
@@ -184,9 +184,6 @@ def routes(
     return router
 
 
-def _problems(*statuses: int, conflict: str | None = None) -> dict[int | str, dict[str, Any]]:
-    descriptions = {404: "There is no such job", 410: "The job has ended, and its result has been removed"}
-    problems: dict[int | str, str] = {status: descriptions[status] for status in statuses}
-    if conflict is not None:
-        problems[409] = conflict
-    return {status: {"model": Problem, "description": problems[status]} for status in sorted(problems)}
+def _problems(conflict: str | None = None) -> dict[int | str, dict[str, Any]]:
+    problems = {404: ANSWERS[JobNotFound].text, 409: conflict, 410: ANSWERS[JobExpired].text}
+    return {status: {"model": Problem, "description": text} for status, text in problems.items() if text is not None}

@@ -207,11 +207,12 @@ class Jobs:
         if loop is self._loop:
             return
         unfinished = [*self._active, *self._queued]
-        if self._loop is not None and _call_soon(self._loop, self._cancel_forgetting):  # it is still open
+        if self._loop is not None and _call_soon(self._loop, int):  # it is still open
             if unfinished:
                 raise RuntimeError(
                     "these jobs belong to another event loop, which still runs; make a Jobs for each event loop"
                 )
+            _call_soon(self._loop, self._cancel_forgetting)
         else:
             for task in self._tasks:  # they will never run again, and their calls hold workers
                 coroutine = task.get_coro()
@@ -300,8 +301,9 @@ class Jobs:
         unfinished = [job, *self._queued]
         self._queued.clear()
         ended = sum(self._end(each, JobState.CANCELLED, error=error) for each in unfinished)
-        with suppress(Exception):
-            _logger.warning("background jobs cancelled because %s: %d", why, ended)
+        if ended:
+            with suppress(Exception):
+                _logger.warning("background jobs cancelled because %s: %d", why, ended)
 
     def _end(self, job: Job, state: JobState, *, result: object = None, error: Exception | None = None) -> bool:
         """End a job; False if it has ended before: it was cancelled."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from starlette.requests import HTTPConnection, Request
 
     from . import CpuPool
+    from ._answers import Answer
 
 __all__ = [
     "JobStatus",
@@ -104,26 +105,23 @@ def get_pool(connection: HTTPConnection, state_key: str = "pool") -> CpuPool:
 
 def _respond(connection: Request, error: Exception) -> Response:
     """Answer a request whose call has failed, without a word of what went on inside; that is logged."""
-    response = _make_response(error)
-    path = connection.scope["path"]
-    _log(f"{connection.method} {path}: {response.status_code}", error)
-    return response
+    answer, path = answer_to(error), connection.scope["path"]
+    _log(f"{connection.method} {path}: {answer.status}", error, answer)
+    return _make_response(error, answer)
 
 
-def _make_response(error: Exception) -> JSONResponse:
-    status, text, _ = answer_to(error)
+def _make_response(error: Exception, answer: Answer) -> JSONResponse:
     headers = None
     if isinstance(error, PoolFull):
         headers = {"Retry-After": str(max(math.ceil(error.retry_after), 1))}
-    return JSONResponse({"detail": text}, status_code=status, headers=headers)
+    return JSONResponse({"detail": answer.text}, status_code=answer.status, headers=headers)
 
 
-def _log(what: str, error: Exception) -> None:
+def _log(what: str, error: Exception, answer: Answer) -> None:
     """Log what became of a request; with a traceback only if something is broken, and not if too much was asked for."""
-    status, _, _ = answer_to(error)
-    if status == 500:
+    if answer.status == 500:
         _logger.error("%s", what, exc_info=error)
-    elif status > 500:
+    elif answer.status > 500:
         _logger.warning("%s (%s: %s)", what, type(error).__name__, error)
 
 
@@ -136,19 +134,18 @@ async def _handle(connection: HTTPConnection, error: Exception) -> Response | No
 
 async def _hang_up(websocket: WebSocket, error: Exception) -> None:
     """Refuse a websocket that was not accepted yet, with a response where the server can do that; close another."""
-    status, text, code = answer_to(error)
-    path = websocket.scope["path"]
+    answer, path = answer_to(error), websocket.scope["path"]
     if websocket.application_state is WebSocketState.CONNECTING:
-        _log(f"websocket {path}: {status}", error)
+        _log(f"websocket {path}: {answer.status}", error, answer)
         if "websocket.http.response" in websocket.scope.get("extensions", {}):
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
-                await websocket.send_denial_response(_make_response(error))
+                await websocket.send_denial_response(_make_response(error, answer))
             return
     else:
-        _log(f"websocket {path}: closed with {code}", error)
+        _log(f"websocket {path}: closed with {answer.code}", error, answer)
     if websocket.application_state is not WebSocketState.DISCONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client has gone
-            await websocket.close(code, text)
+            await websocket.close(answer.code, answer.text)
 
 
 async def _forget(request: Request, error: Exception) -> Response:  # noqa: ARG001
