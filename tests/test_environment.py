@@ -39,6 +39,7 @@ EXAMPLES = {
     "grace": ("0.5", 0.5),
     "drain": ("10", 10.0),
     "max_pending": ("50", 50),
+    "max_inflight_bytes": ("1.5G", 3 * 2**29),
     "retries": ("2", 2),
     "serializer": ("cloudpickle", "cloudpickle"),
     "name": ("images", "images"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from cpupool import TaskInterrupted, _batches
 from cpupool._current import set_current_task
-from cpupool._frames import HEADER_SIZE, BatchHead, FrameDecoder, Kind, encode_batch, split_batch
+from cpupool._frames import HEADER_SIZE, BatchHead, Frame, FrameDecoder, Kind, encode_batch, split_batch
 from cpupool._interrupts import Interrupts
 from cpupool._journal import COLUMN_LENGTH, DATA_SIZE, JOURNAL_SIZE, Results, open_journal, read_journal
-from cpupool._payload import dumps
+from cpupool._payload import BY_NAME, dumps
 from cpupool._status import (
     BEFORE_FIRST,
     CELL_SIZE,
@@ -189,13 +190,16 @@ def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[
     """Run a batch; return the kinds of frames and all results, by their numbers."""
     frames: list[bytes] = []
     body = encode_batch(5, head, b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
+    batch = Frame(Kind.BATCH, 5, memoryview(body))
     interrupts = Interrupts(both.journal.page, -1)
 
-    def send(frame: bytes) -> None:
-        assert interrupts.armed == 0, "an interrupt would send half a frame"
-        frames.append(frame)
+    class Channel(socket.socket):
+        def sendall(self, frame: Any, _: int = 0) -> None:
+            assert interrupts.armed == 0, "an interrupt would send half a frame"
+            frames.append(bytes(frame))
 
-    answer = _batches.run_batch(5, memoryview(body), interrupts, both.journal, dumps, send)
+    with Channel() as channel:
+        answer = _batches.run_batch(batch, interrupts, both.journal, BY_NAME, {}, channel)
     set_current_task(None)
     frames.append(answer)
     decoder = FrameDecoder()

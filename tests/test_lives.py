@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 async def until(condition: Any, seconds: float = 10) -> None:
     """Wait for what nobody announces: the end of a process, or what the pool's thread does behind everybody's back."""
     with anyio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await anyio.sleep(0.002)
 
 
@@ -1032,7 +1032,7 @@ def test_c12_it_works_with_hardly_any_shared_memory(form: str, run_script: RunSc
     done = run_script(
         """
 import ctypes, os, sys
-import cpupool, tasks
+import cpupool, large, tasks
 
 def mount(source, target, kind, flags, data):
     libc = ctypes.CDLL(None, use_errno=True)
@@ -1052,15 +1052,18 @@ if __name__ == "__main__":
             mount(b"tmpfs", b"/dev/shm", b"tmpfs", MS_RDONLY, b"size=1m")
     except OSError as error:
         sys.exit(f"not allowed: {error}")
+    data = b"x" * 3_000_000
     for method in ("forkserver", "spawn"):
-        with cpupool.CpuPool(2, mp_context=method) as pool:
-            print(pool.run_sync(tasks.add, 1, 1), len(pool.run_sync(bytes, 3_000_000)))
+        pool = cpupool.CpuPool(2, mp_context=method, initializer=large.keep_all, initargs=(memoryview(data),))
+        with pool, pool.share(data) as shared:
+            print(pool.run_sync(tasks.add, 1, 1), len(pool.run_sync(bytes, 3_000_000)), pool.run_sync(len, data))
+            print(pool.run_sync(large.get_and_describe, shared))
 """,
         form,
     )
     if "not allowed" in done.stderr:
         pytest.skip("no mount namespace here")
-    assert (done.stdout, done.stderr) == ("2 3000000\n2 3000000\n", "")
+    assert (done.stdout, done.stderr) == (2 * "2 3000000 3000000\n('memoryview', 3000000, False)\n", "")
 
 
 # --- C14 ---

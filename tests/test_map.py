@@ -511,7 +511,7 @@ async def test_leaving_the_block_early_stops_the_work_and_closes_the_sources() -
                 raise KeyError
         assert closed == ["plain", "async", "plain", "plain"]
         with anyio.fail_after(10):
-            while "0 busy, 0 starting, 0 waiting" not in repr(pool):  # noqa: ASYNC110
+            while "0 busy, 0 starting, 0 waiting" not in repr(pool):
                 await anyio.sleep(0.001)  # the supervisor wins the workers back behind our back
 
 

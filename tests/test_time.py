@@ -22,9 +22,10 @@ import anyio.lowlevel
 import psutil
 import pytest
 
+import large
 import tasks
 from conftest import RunScript, environment, is_gone, let_ctrl_c_through, wait_until_gone
-from cpupool import CpuPool, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied, current_task
+from cpupool import CpuPool, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied, _large, current_task
 from cpupool._worker import State
 
 pytestmark = pytest.mark.anyio
@@ -358,15 +359,16 @@ async def test_b3_a_queued_call_that_is_cancelled_never_runs(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [1_000, 30_000_000])
 async def test_b3_a_call_cancelled_while_it_is_sent_does_not_run_and_keeps_its_worker(
-    size: int, tmp_path: Path
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """30 MB do not fit into the socket: the supervisor sends the rest, and the worker throws it away."""
+    monkeypatch.setattr(_large, "open_stream", large.refuse_stream)  # or they would not go there
     path = tmp_path / "runs"
     async with CpuPool(1, grace=60) as pool:
         pid = await pool.run(tasks.get_pid)
         os.kill(pid, signal.SIGSTOP)
         async with anyio.create_task_group() as group:
-            group.start_soon(pool.run, tasks.append_text, str(path), str(bytes(size)))
+            group.start_soon(pool.run, large.append_line_with, str(path), bytes(size))
             await anyio.wait_all_tasks_blocked()
             group.cancel_scope.cancel()
         (worker,) = pool._supervisor._crew.workers
@@ -397,7 +399,7 @@ async def test_interrupts_that_a_stopped_worker_could_not_take_come_as_one(tmp_p
 async def test_b3_an_answer_in_many_pieces_that_nobody_waits_for_is_thrown_away(tmp_path: Path) -> None:
     """It is cancelled after the first pieces: what is left of them must not become part of the next answer."""
     gate = tasks.Gate(tmp_path)
-    async with CpuPool(1, grace=60) as pool:
+    async with CpuPool(1, grace=60, initializer=large.use_no_streams) as pool:
         async with anyio.create_task_group() as group:
             group.start_soon(pool.run, tasks.hold_and_return_much, *gate.arguments, 50_000_000)
             pid = await anyio.to_thread.run_sync(gate.wait_until_begun)

@@ -3,16 +3,19 @@
 Public names are loaded when they are first used, so that importing the package costs almost nothing.  The files, from
 the bottom up; imports point only downward:
 
-    0  _frames _payload _errors _current _roles _waiting _forking _checks _settings _environment _chunks _sizing
-       _status _journal _reports _settling _pace _sources
-                          the wire, pickling, exceptions, the running task, roles of a process, waiting, forks, checks
-                          of arguments, settings, those from the environment, cutting, limits, the page that pool and
-                          worker share, results that are not sent yet, progress, how a process becomes a worker, sizes
-                          of batches, where their items come from
-    1  _interrupts _batches _child _preload _asyncio_waits _trio_waits
-                          how a task is interrupted; what runs in a worker, and in a fork server; waiting in a task
-    2  _process _fork_server _lease _dispatch
-                          one OS process; where it may come from; a call's claim on a worker; who gets which
+    0  _frames _payload _parcels _files _shared _errors _current _roles _waiting _apart _large _forking _checks
+       _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources
+                          the wire, pickling, large values, streams and files of memory, what is shared, exceptions, the
+                          running task, roles of a process, waiting, work apart from the event loop, large values seen
+                          from there, forks, checks of arguments, settings, those from the environment, cutting, limits,
+                          the page that pool and worker share, results that are not sent yet, progress, how a process
+                          becomes a worker, sizes of batches, where their items come from
+    1  _interrupts _replies _batches _child _preload _asyncio_waits _trio_waits
+                          how a task is interrupted; large values in a worker; what runs there, and in a fork server;
+                          waiting in a task
+    2  _process _fork_server _lease _gate _dispatch
+                          one OS process; where it may come from; a call's claim on a worker; how many bytes may be on
+                          their way; who gets which
     3  _worker _starting _outcomes
                           one worker seen from the pool; starting one as the settings say; what becomes of a task
     4  _crew               the workers of a pool, and sleeping until one needs attention
@@ -23,9 +26,9 @@ the bottom up; imports point only downward:
     7  _call _segments _map _stream _driver _executor
                           one call on its way; many items, and their results; calls through concurrent.futures, and
                           their thread
-    8  _calls _pool _inline _default _offload
-                          CpuPool and its views; one without workers; the process's default pool; functions that run
-                          in one
+    8  _calls _share _pool _inline _default _offload
+                          CpuPool and its views; what it shares with all workers; one without workers; the process's
+                          default pool; functions that run in one
     9  __init__            this file
     10 executor domains progress asgi testing _job jobs _doctor
                           a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
@@ -74,6 +77,8 @@ if TYPE_CHECKING:
     from ._pool import CpuPool as CpuPool
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
+    from ._share import Share as Share
+    from ._shared import Shared as Shared
     from ._sizing import suggest_workers as suggest_workers
     from ._sizing import usable_cpus as usable_cpus
     from ._sizing import usable_memory as usable_memory
@@ -99,6 +104,8 @@ _HOMES = {
     "RemoteTraceback": "_errors",
     "ResultNotPicklable": "_errors",
     "Settings": "_settings",
+    "Share": "_share",
+    "Shared": "_shared",
     "Stream": "_stream",
     "Task": "_current",
     "TaskInterrupted": "_errors",

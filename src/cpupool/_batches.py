@@ -11,6 +11,7 @@ It runs in the workers: stdlib and lower layers only.
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 
 from . import _payload
@@ -18,17 +19,21 @@ from ._current import Task, set_current_task
 from ._errors import STAGE_ARGUMENTS, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import Kind, encode_frame, split_batch
 from ._journal import COLUMN_LENGTH, DATA_SIZE, NUMBERS, RECORDS
+from ._parcels import LARGE, PROTOCOL, Parcel, count_files
+from ._replies import Arrival, Reply
 from ._status import COLUMN, HELD, NOT_BEGUN, NOT_NOW, SENT, SINCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Any
 
-    from ._frames import BatchHead
+    from ._frames import BatchHead, Frame
     from ._interrupts import Interrupts
     from ._journal import Journal
+    from ._payload import Serializer
 
 _STRIDE = 0.0005  # seconds that a stride should take
 
@@ -39,26 +44,31 @@ def run_chunk(fn: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> list[
 
 
 def run_batch(
-    task_id: int,
-    body: memoryview,
+    frame: Frame,
     interrupts: Interrupts,
     journal: Journal,
-    dumps: Callable[[object], bytes],
-    send: Callable[[bytes], object],
+    serializer: Serializer,
+    shares: dict[int, Any],
+    channel: socket.socket,
 ) -> bytes:
     """Run a batch; send results on the way, and return the frame that answers it, whatever happens."""
     batch = None
     interrupts.page[SENT] = NOT_BEGUN
+    task_id, files = frame.task_id, frame.files
+    head, label, function, items = split_batch(frame.body)
+    own = count_files(function)
+    arrivals = Arrival(function, files[:own], shares), Arrival(items, files[own:], shares)
     try:
         try:
-            head, label, function, items = split_batch(body)
             interrupts.arm(task_id)
-            fn, columns = _payload.loads(function), _payload.loads(items)
-            batch = _Run(task_id, fn, columns, head, interrupts, journal, dumps, send)
+            fn, columns = [arrival.unpack() for arrival in arrivals]
+            batch = _Run(task_id, fn, columns, head, interrupts, journal, serializer, channel)
             set_current_task(lambda: Task(task_id, label.decode() or None, head.attempt, batch.item))
             batch.run()
         finally:
             interrupts.armed = 0  # as for a call
+            for arrival in arrivals:
+                arrival.close()
     except BaseException as error:
         if batch is None:
             body_of_error = b"" if _is_interrupt(error, interrupts) else encode_error(error, STAGE_ARGUMENTS)
@@ -89,16 +99,18 @@ class _Run:
         head: BatchHead,
         interrupts: Interrupts,
         journal: Journal,
-        dumps: Callable[[object], bytes],
-        send: Callable[[bytes], object],
+        serializer: Serializer,
+        channel: socket.socket,
     ) -> None:
         self._task_id = task_id
         self._fn = fn
         self._head = head
         self._interrupts = interrupts
         self._journal = journal
-        self._dumps = dumps
-        self._send_bytes = send
+        self._serializer = serializer
+        self._plain = _payload.PLAIN if serializer is _payload.BY_NAME else frozenset()
+        self._pack = _payload.make_record_packer(serializer)
+        self._channel = channel
         self._page = interrupts.page
         self._only: Iterator[Any] = iter(columns[0])  # the items themselves, where each is the only argument
         self._arguments = zip(self._only, *columns[1:], strict=False)
@@ -174,7 +186,8 @@ class _Run:
         self._add_value(value)
 
     def _run_for_records(self, count: int) -> None:
-        fn, dumps, interrupts, page, journal = self._fn, self._dumps, self._interrupts, self._page, self._journal
+        fn, interrupts, page, journal = self._fn, self._interrupts, self._page, self._journal
+        dumps, protocol, pack, plain = pickle.dumps, PROTOCOL, self._pack, self._plain
         data, column = journal.data, journal.columns[RECORDS]
         is_timed, held_cell = self._head.is_timed, HELD
         held, end = page[HELD], journal.end
@@ -184,13 +197,18 @@ class _Run:
         for arguments in itertools.islice(self._arguments, count):
             value = fn(*arguments)
             try:
-                record = dumps(value)
-            except BaseException as error:
-                self._note_unpicklable(error, value)
+                record = dumps(value, protocol) if type(value) in plain else pack(value)
+            except BaseException:
+                if interrupts.hit:
+                    raise
+                self._add_value(value)  # there may be another way
+                return
+            if type(record) is not bytes:
+                self._add_packed(record)
                 return
             start, end = end, end + len(record)
             if end > DATA_SIZE:
-                self._add_record(record)
+                self._add_packed(pack(value) if type(value) is str else record)
                 return
             data[start:end] = record
             column[held] = end
@@ -211,9 +229,17 @@ class _Run:
 
     def _add_value(self, value: object) -> None:
         try:
-            record = self._dumps(value)
+            record = self._pack(value)
         except BaseException as error:
             self._note_unpicklable(error, value)
+        else:
+            self._add_packed(record)
+
+    def _add_packed(self, record: bytes | Parcel) -> None:
+        if not isinstance(record, bytes):
+            self._send_parcel(record)
+        elif len(record) >= LARGE:
+            self._send_parcel(Parcel([record], len(record), []))
         else:
             self._add_record(record)
 
@@ -235,26 +261,40 @@ class _Run:
         if not journal.add(record, is_error=is_error):
             self.send_held()
             if not journal.add(record, is_error=is_error):
-                self._send(journal.pack_alone(record, self._seconds(), is_error=is_error), 1)
+                self._send_body(journal.pack_alone(record, self._seconds(), is_error=is_error), 1)
 
     # --- sending ---
+
+    def _send_parcel(self, parcel: Parcel) -> None:
+        """Send a large result, alone."""
+        self.send_held()
+
+        def encode(head: bytes, *, files: int, tail: int) -> bytes:
+            size = len(head) + tail
+            body = self._journal.pack_alone(head, self._seconds(), is_error=False, size=size)
+            return encode_frame(Kind.PARTIAL, self._task_id, body, files=files, tail=tail)
+
+        self._send(lambda: Reply.of_parcel(parcel, encode), 1)
 
     def send_held(self) -> None:
         """Send the results in the journal."""
         if held := self._page[HELD]:
-            self._send(self._journal.pack(self._seconds()), held)
+            self._send_body(self._journal.pack(self._seconds()), held)
         self._sent_at = time.monotonic()
 
     def take_held(self) -> bytes:
         """Return the results in the journal, packed, at the end."""
         return self._journal.pack(self._seconds())
 
-    def _send(self, body: bytes, results: int) -> None:
+    def _send_body(self, body: bytes, results: int) -> None:
+        self._send(lambda: Reply(encode_frame(Kind.PARTIAL, self._task_id, body)), results)
+
+    def _send(self, make_reply: Callable[[], Reply], results: int) -> None:
         """Send a frame with so many results, while nothing can interrupt it, and no item's time runs."""
         interrupts, page = self._interrupts, self._page
         was_armed, interrupts.armed = interrupts.armed, 0
         page[SINCE] = NOT_NOW
-        self._send_bytes(encode_frame(Kind.PARTIAL, self._task_id, body))
+        make_reply().send(self._channel)
         self._journal.empty(results)
         if self._head.is_timed:
             page[SINCE] = time.monotonic_ns()
@@ -267,7 +307,7 @@ class _Run:
     def encode_error(self, error: BaseException) -> bytes:
         """Encode what an item raised, with the traceback from its own first line."""
         error = error.with_traceback(_without_own_frames(error.__traceback__))
-        return encode_error(error, STAGE_TASK, dumps=self._dumps)
+        return encode_error(error, STAGE_TASK, dumps=self._serializer.dumps)
 
 
 def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:

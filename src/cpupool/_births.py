@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
 from ._forking import starting_or_forking
-from ._frames import Frame, Kind, ProtocolError, encode_frame
+from ._frames import Frame, Kind, ProtocolError
 from ._serving import ServerKeeper
 from ._status import SENT_BY_OTHERS, STAGE_INITIALIZING
 from ._worker import State, Worker, WorkerGone
@@ -141,8 +141,8 @@ class Births:
         self._witness.look()
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
-        if process.pickled_duties is not None:
-            worker.unsent = memoryview(encode_frame(Kind.SETUP, 0, process.pickled_duties))
+        if process.packed_duties is not None:
+            worker.post(*self._starter.ship_duties(process.packed_duties), is_call=False)
         self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)
         return worker
 

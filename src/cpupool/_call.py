@@ -11,28 +11,43 @@ no lock and waits for nothing: the supervisor does the rest behind the caller's 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import _payload
+from ._apart import pause_while, run_apart
 from ._errors import QueueTimeout, decode_error, describe_callable
 from ._frames import Kind, encode_call
+from ._large import is_light, send_off, unload
 from ._lease import Lease
-from ._outcomes import Interruption, load_value, make_death_error, make_stop_error, name_task, read_interruption
+from ._outcomes import (
+    Interruption,
+    load_value,
+    make_death_error,
+    make_rebuild_error,
+    make_stop_error,
+    name_task,
+    read_interruption,
+)
+from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge
 from ._reports import ReportingWaits
 from ._settings import encode_label
 from ._worker import Death, WorkerGone
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from ._frames import Frame
+    from ._parcels import Parcel
     from ._settings import CallOptions
     from ._supervisor import Supervisor
-    from ._waiting import Waits
+    from ._waiting import ChannelWaits, Waits
     from ._worker import Worker
+
+T = TypeVar("T")
 
 _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -48,25 +63,71 @@ class Errand(Protocol):
 class Call:
     """A function and its arguments: checked and pickled once, however often it is tried."""
 
-    __slots__ = ("_attempt", "_body", "_fn", "_label", "_options")
+    __slots__ = ("_arguments", "_attempt", "_fn", "_label", "_options", "_packed")
 
     def __init__(
-        self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
+        self,
+        fn: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        options: CallOptions,
+        *,
+        is_copy: bool = False,
     ) -> None:
+        """Args: `is_copy` says that it must hold on to no argument, and be pickled at once, however large it is."""
         check_function(fn, "run")
         self._fn = fn
         self._options = options
         self._label = encode_label(options)
-        self._body = _payload.dumps_call(fn, args, kwargs, options.dumps)
         self._attempt = 1
+        self._arguments: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._packed: bytes | Parcel = b""
+        most = math.inf if is_copy else MOST_ON_LOOP
+        try:
+            self._packed = _payload.pack_call(fn, args, kwargs, options.serializer, most=most, is_copy=is_copy)
+        except TooLarge:
+            self._arguments = args, kwargs  # it is pickled apart from the event loop
 
-    async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
+    @property
+    def _size(self) -> int | None:
+        """How many bytes it holds; None while that is not known."""
+        if self._arguments is not None:
+            return None
+        return len(self._packed) if isinstance(self._packed, bytes) else self._packed.size
+
+    async def _pack_apart(self, args: tuple[object, ...], kwargs: dict[str, object], waits: Waits) -> None:
+        """Pickle what would hold up the event loop."""
+
+        def pack(is_wanted: Callable[[], bool]) -> bytes | Parcel:
+            serializer = self._options.serializer
+            return _payload.pack_call(self._fn, args, kwargs, serializer, pause=pause_while(is_wanted))
+
+        self._packed = await run_apart(pack, waits)
+        self._arguments = None
+
+    def complete(self, supervisor: Supervisor, waits: Waits) -> Coroutine[Any, Any, Any]:
         """Have a worker run it, and return its value or raise its error."""
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=self._options.background)
+        if supervisor.dispatcher.has_gate:
+            run = functools.partial(self._complete, lease, supervisor, waits)
+            return pass_gate(lease, self._size, run, self._fn, self._options, supervisor, waits)
+        return self._complete(lease, supervisor, waits)
+
+    async def _complete(self, lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Any:
+        if self._arguments is not None:
+            await self._pack_apart(*self._arguments, waits)
+            if lease.weight:
+                supervisor.dispatcher.weigh(lease, self._size or 0)
+                supervisor.post(supervisor.dispatcher.let_in)
         while True:
             outcome = await run_attempt(lease, self, self._fn, self._options, supervisor, waits)
             if not isinstance(outcome, Death):
-                return self._value(outcome, lease, supervisor)
+                if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
+                    raise self._make_error(outcome, lease, supervisor)
+                body = outcome.body
+                if (len(body) <= MOST_ON_LOOP and body[0] == PICKLE) or is_light(body):
+                    return load_value(body, self._fn, self._options, outcome.received)
+                return await self._unload(outcome, waits)
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
             is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
             if is_stopped or (has_run and self._attempt > self._options.retries):
@@ -80,20 +141,34 @@ class Call:
 
     def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
-        call = encode_call(task_id, self._attempt, self._label, self._body)
-        if self._options.on_report is not None:
-            return with_reports(
-                worker, self._options.on_report, waits, lambda waits: worker.exchange(task_id, call, waits)
-            )
-        return worker.exchange(task_id, call, waits)
+        packed, on_report = self._packed, self._options.on_report
+        if on_report is not None:
+            return with_reports(worker, on_report, waits, lambda waits: self._send_to(worker, task_id, waits))
+        if isinstance(packed, bytes):
+            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, packed), waits)
+        return self._send_to(worker, task_id, waits)
 
-    def _value(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Any:
-        """Return the value in an answer, or raise the error in it."""
+    def _send_to(self, worker: Worker, task_id: int, waits: ChannelWaits) -> Awaitable[Frame]:
+        packed = self._packed
+        if isinstance(packed, bytes):
+            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, packed), waits)
+        shipment = send_off(packed, worker.known_shares)
+        files, tail = len(shipment.descriptors), shipment.tail_size
+        call = encode_call(task_id, self._attempt, self._label, shipment.head, files=files, tail=tail)
+        return worker.exchange_large(task_id, call, waits, shipment)
+
+    def _make_error(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Exception:
+        """Make the error in an answer."""
         if isinstance(outcome, Interruption):
-            raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
-        if outcome.kind is not Kind.RESULT:
-            raise decode_error(outcome.body, name_task(self._fn, self._options))
-        return load_value(outcome.body, self._fn, self._options)
+            return make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
+        return decode_error(outcome.body, name_task(self._fn, self._options))
+
+    async def _unload(self, answer: Frame, waits: Waits) -> Any:
+        """Return the value in an answer that is not light."""
+        try:
+            return await unload(answer.body, answer.received, waits)
+        except _payload.RebuildFailed as failed:
+            raise make_rebuild_error(answer.body, failed, self._fn, self._options)  # noqa: B904  # it has its cause
 
 
 async def run_attempt(
@@ -146,12 +221,64 @@ async def run_attempt(
             supervisor.post(supervisor.take_back, lease)
         elif supervisor.idle_timeout is not None:
             supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
+        if worker.ended_shares:
+            supervisor.post(supervisor.tell_of_ended_shares, worker)
     except BaseException:
         _give_up(lease, supervisor)
         raise
     if dispatcher.closed:
         supervisor.notify()  # it may be the last one that the pool waits for
     return outcome
+
+
+async def pass_gate(
+    lease: Lease[Worker],
+    size: int | None,
+    run: Callable[[], Awaitable[T]],
+    fn: Callable[..., object],
+    options: CallOptions,
+    supervisor: Supervisor,
+    waits: Waits,
+) -> T:
+    """Wait until there is room for the bytes of a call (None: not known yet), and count them while it runs.
+
+    Raises:
+        QueueTimeout, PoolFull, PoolClosed: there is none for it.
+    """
+    try:
+        await _wait_at_gate(lease, size, fn, options, supervisor, waits)
+        result = await run()
+        supervisor.dispatcher.weigh(lease, 0)  # so that the caller's next call finds its room
+        return result
+    except Exception:
+        supervisor.dispatcher.weigh(lease, 0)
+        raise
+    finally:
+        if lease.ticket is not None:
+            lease.ticket.withdraw()
+        supervisor.post(supervisor.dispatcher.leave, lease)
+
+
+async def _wait_at_gate(
+    lease: Lease[Worker],
+    size: int | None,
+    fn: Callable[..., object],
+    options: CallOptions,
+    supervisor: Supervisor,
+    waits: Waits,
+) -> None:
+    supervisor.run()  # who leaves posts orders, and nobody else would carry them out
+    ticket = lease.ticket = waits.ticket()
+    lease.asked = time.monotonic()
+    deadline = lease.asked + (math.inf if options.queue_timeout is None else options.queue_timeout)
+    if supervisor.dispatcher.enter(lease, size, deadline):
+        return
+    if deadline < math.inf:
+        supervisor.look_by(deadline)
+    await waits.settled(ticket)
+    ticket.result()
+    if lease.is_expired:
+        raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
 async def with_reports(
@@ -176,7 +303,7 @@ async def _wait_for_worker(
     lease: Lease[Worker], fn: Callable[..., object], options: CallOptions, supervisor: Supervisor, waits: Waits
 ) -> None:
     ticket = lease.ticket = waits.ticket()
-    lease.asked = time.monotonic()
+    lease.asked = lease.asked or time.monotonic()  # it may have waited before, for room
     queue_timeout = options.queue_timeout
     deadline = math.inf if queue_timeout is None else lease.asked + queue_timeout
     if supervisor.dispatcher.enqueue(lease, deadline):

@@ -43,7 +43,8 @@ class PoolCalls:
     async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `fn(*args, **kwargs)` in a worker and return what it returns.
 
-        The function and its arguments are pickled: define the function at the top level of a module.
+        The function and its arguments are pickled: define the function at the top level of a module.  Large ones are
+        not copied before they are sent: do not change arrays and the like until the call has returned.
 
         Raises:
             Exception: whatever `fn` raises, with the worker's traceback as `__cause__`.
@@ -82,13 +83,13 @@ class PoolCalls:
     def prepare(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> PreparedCall[T]:
         """Check and pickle a call now, and run it later, with this view's options: `await prepared.run()`.
 
-        What is wrong with it is known at once, what happens to its arguments meanwhile does not concern it, and a large
-        argument is pickled once, however often it is run.
+        What is wrong with it is known at once, what happens to its arguments meanwhile does not concern it (they are
+        copied here and now, however large they are), and they are pickled once, however often it is run.
 
         Raises:
             TypeError, TaskNotPicklable: as `run`.
         """
-        return PreparedCall(self, self._home._make_call(fn, args, kwargs, self._options))
+        return PreparedCall(self, self._home._make_call(fn, args, kwargs, self._options, is_copy=True))
 
     @overload
     async def map(

@@ -14,13 +14,17 @@ import atexit
 import contextlib
 import os
 import sys
+from functools import partial
 
 from . import _payload, _roles, _settling
 from ._batches import run_batch
 from ._current import Task, set_current_task, set_reporter
 from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
+from ._files import ANCILLARY_FLAGS, ANCILLARY_SIZE, disclose, map_private
 from ._frames import FrameDecoder, Kind, encode_frame, split_call
 from ._interrupts import Interrupts, await_interrupts
+from ._parcels import check_new_shares, first_file, take_shares, unpack
+from ._replies import Arrival, Reply
 from ._reports import Reporter
 from ._status import FINISHED, PICKED_UP, RESIDENT, STAGE, STAGE_INITIALIZING, STAGE_READY, STATUS_PAGE_SIZE
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
     from ._frames import Frame
     from ._journal import Journal
+    from ._parcels import Parcel
+    from ._payload import Serializer
 
 _RECEIVE_SIZE = 64 * 1024
 
@@ -70,12 +76,12 @@ class Setup:
     """What a new worker is given: its descriptors, the changes to its environment, and its duties.
 
     It is pickled while multiprocessing starts the process, so locks and queues may be among the duties' `initargs`.
-    But these go into `pickled_duties`, which the pool sends over the channel: multiprocessing would block its caller
+    But these go into `packed_duties`, which the pool sends over the channel: multiprocessing would block its caller
     until the new process has imported the user's main module and reads them.  What cannot be rebuilt is reported to the
     pool like an error of the initializer.
     """
 
-    __slots__ = ("changes", "channel", "duties", "liveness", "pickled_duties", "status")
+    __slots__ = ("changes", "channel", "duties", "liveness", "packed_duties", "status")
 
     def __init__(
         self, channel: socket.socket, liveness: int, status: int, changes: Mapping[str, str | None], duties: Duties
@@ -85,10 +91,13 @@ class Setup:
         self.status = status
         self.changes = changes
         self.duties = duties
-        self.pickled_duties: bytes | None = None
+        self.packed_duties: bytes | Parcel | None = None
 
     def __reduce__(self) -> Any:
-        self.pickled_duties = _payload.dumps_for_start(self.duties, self.duties.serializer)
+        packed = _payload.pack_for_start(self.duties, self.duties.serializer)
+        if not isinstance(packed, bytes):
+            check_new_shares((), packed)
+        self.packed_duties = packed
         return PickledSetup, (self.channel, TravellingFd(self.status))
 
     def settle_in(self) -> None:
@@ -96,7 +105,7 @@ class Setup:
         atexit._clear()  # these are the parent's
         _settling.begin_life("", None, self.changes, self.liveness)
 
-    def receive_duties(self, _: FrameDecoder) -> Duties:
+    def receive_duties(self, _: FrameDecoder, __: dict[int, Any]) -> Duties:
         return self.duties
 
 
@@ -125,11 +134,14 @@ class PickledSetup:
     def settle_in(self) -> None:
         """Nothing is left to do: its process's name has brought along `begin_life`."""
 
-    def receive_duties(self, decoder: FrameDecoder) -> Duties:
+    def receive_duties(self, decoder: FrameDecoder, shares: dict[int, Any]) -> Duties:
         frame = _next_frame(self.channel, decoder)
         if frame is None:
             raise ConnectionResetError("the pool has gone")
-        duties: Duties = _payload.loads(frame.body)
+        take_shares(frame.body, frame.files, shares)
+        file = first_file(frame.body, frame.files)
+        memory = None if file is None else memoryview(map_private(file))  # so that workers share what they only read
+        duties: Duties = unpack(frame.body, shares=shares, memory=memory)
         return duties
 
 
@@ -141,6 +153,7 @@ def main(setup: Setup | PickledSetup) -> None:
     _settling.reset_signals()
     _settling.detach_stdin()
     _settling.close_listening_sockets()
+    channel.setblocking(True)  # whatever `socket.setdefaulttimeout` the main module has asked for
     journal = _settling.open_status_file(setup.status)
     page = journal.page
     interrupts = Interrupts(page, setup.status)
@@ -150,17 +163,18 @@ def main(setup: Setup | PickledSetup) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
     decoder = FrameDecoder()
-    dumps: Callable[[object], bytes] = _payload.dumps
+    serializer = _payload.BY_NAME
+    shares: dict[int, Any] = {}
     try:
-        duties = setup.receive_duties(decoder)
-        dumps = _payload.get_dumps(duties.serializer)
-        set_reporter(Reporter(page, setup.status, dumps))
+        duties = setup.receive_duties(decoder, shares)
+        serializer = _payload.get_serializer(duties.serializer)
+        set_reporter(Reporter(page, setup.status, serializer.dumps))
         page[STAGE] = STAGE_INITIALIZING
         if duties.initializer is not None:
             duties.initializer(*duties.initargs)
     except BaseException as error:
         with contextlib.suppress(ConnectionError):  # the pool has gone
-            channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error, dumps=dumps)))
+            channel.sendall(encode_frame(Kind.ERROR, 0, encode_error(error, dumps=serializer.dumps)))
         return
     _flush_output()
     if duties.weighs_itself:
@@ -168,7 +182,7 @@ def main(setup: Setup | PickledSetup) -> None:
     page[STAGE] = STAGE_READY
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the pool has gone
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, decoder, interrupts, journal, dumps, weighs_itself=duties.weighs_itself)
+        _serve(channel, decoder, interrupts, journal, serializer, shares, weighs_itself=duties.weighs_itself)
     if duties.finalizer is not None:
         run_finalizer(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them
@@ -199,23 +213,30 @@ def _serve(
     decoder: FrameDecoder,
     interrupts: Interrupts,
     journal: Journal,
-    dumps: Callable[[object], bytes],
+    serializer: Serializer,
+    shares: dict[int, Any],
     *,
     weighs_itself: bool,
 ) -> None:
     while (frame := _next_call(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
+        if frame.kind is Kind.FORGET:
+            shares.pop(int.from_bytes(frame.body, "little"), None)
+            continue
         task_id = frame.task_id
         if frame.kind is Kind.BATCH:
-            reply = run_batch(task_id, frame.body, interrupts, journal, dumps, channel.sendall)
+            reply: bytes | Reply = run_batch(frame, interrupts, journal, serializer, shares, channel)
         else:
-            reply = _run_call(task_id, frame.body, interrupts, dumps)
+            reply = _run_call(frame, interrupts, serializer, shares)
         del frame  # the next wait may be long: hold neither the arguments nor, below, the result
         set_current_task(None)
         _flush_output()
         if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
         interrupts.page[FINISHED] = task_id
-        channel.sendall(reply)
+        if isinstance(reply, bytes):
+            channel.sendall(reply)
+        else:
+            reply.send(channel)
         del reply
 
 
@@ -231,29 +252,34 @@ def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview 
     while (frame := decoder.next_frame()) is None:
         if decoder.incoming_task_id is not None and page is not None:
             page[PICKED_UP] = decoder.incoming_task_id  # its header is enough: it must not go to another worker now
-        data = channel.recv(min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE))
+        size = min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE)
+        data, ancillary, _, _ = channel.recvmsg(size, ANCILLARY_SIZE, ANCILLARY_FLAGS)
         if not data:
             return None
-        decoder.feed(data)
+        decoder.feed(data, disclose(ancillary) if ancillary else ())
     return frame
 
 
-def _run_call(task_id: int, body: memoryview, interrupts: Interrupts, dumps: Callable[[object], bytes]) -> bytes:
+def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shares: dict[int, Any]) -> bytes | Reply:
     """Run one task; return the frame that answers it, whatever happens."""
+    task_id, files = frame.task_id, frame.files
     stage = STAGE_ARGUMENTS
     result: object = None
+    attempt, label, call = split_call(frame.body)
+    arrival = Arrival(call, files, shares) if files else None
     try:
         try:
             interrupts.arm(task_id)
-            attempt, label, call = split_call(body)
             set_current_task(Task(task_id, label.decode() if label else None, attempt))
-            fn, args, kwargs = _payload.loads(call)
+            fn, args, kwargs = unpack(call, shares=shares) if arrival is None else arrival.unpack()
             stage = STAGE_TASK
             result = fn(*args, **kwargs)
             stage = STAGE_RESULT
-            return encode_frame(Kind.RESULT, task_id, dumps(result))
+            packed = _payload.pack_result(result, serializer)
         finally:
             interrupts.armed = 0  # up to here an interrupt may come; it leads to the next line, even from this one
+            if arrival is not None:
+                arrival.close()
     except BaseException as error:
         if isinstance(error, TaskInterrupted) and interrupts.hit:
             return encode_frame(Kind.INTERRUPTED, task_id)
@@ -262,7 +288,10 @@ def _run_call(task_id: int, body: memoryview, interrupts: Interrupts, dumps: Cal
             return encode_frame(kind, task_id, encode_unpicklable(error, result))
         if stage is STAGE_TASK and error.__traceback__ is not None:
             error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
-        return encode_frame(kind, task_id, encode_error(error, stage, dumps=dumps))
+        return encode_frame(kind, task_id, encode_error(error, stage, dumps=serializer.dumps))
+    if isinstance(packed, bytes):
+        return encode_frame(Kind.RESULT, task_id, packed)
+    return Reply.of_parcel(packed, partial(encode_frame, Kind.RESULT, task_id))
 
 
 _flush_libc: Callable[[None], object] | None = None

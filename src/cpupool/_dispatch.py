@@ -29,9 +29,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._errors import PoolClosed, PoolFull
+from ._gate import Gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ._lease import Lease
     from ._waiting import Ticket
@@ -49,16 +50,25 @@ class Dispatcher(Generic[W]):
     Attributes:
         max_workers: how many workers there may be at most.
         max_pending: how many calls may wait when all workers are lent, or None.
+        has_gate: True if the bytes of calls are counted: then each has to `enter`, and to `leave`.
         closed: True once no new call is taken.
         has_withdrawn: set, without the lock, when a waiting call has withdrawn its ticket.
     """
 
     def __init__(
-        self, max_workers: int, name: str, notify: Callable[[], object], *, max_pending: int | None = None
+        self,
+        max_workers: int,
+        name: str,
+        notify: Callable[[], object],
+        *,
+        max_pending: int | None = None,
+        max_inflight_bytes: int | None = None,
     ) -> None:
         """Args: `notify` is called when a worker may be missing; `shortfall` says how many are."""
         self.max_workers = max_workers
         self.max_pending = max_pending
+        self._gate = None if max_inflight_bytes is None else Gate(max_inflight_bytes)
+        self.has_gate = self._gate is not None
         self._notify = notify
         self._name = name
         self.closed = False
@@ -68,6 +78,7 @@ class Dispatcher(Generic[W]):
         self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
         self._idle_since: dict[W, float] = {}
         self._lent: dict[W, Lease[W] | None] = {}  # None: the supervisor will kill it, and it cannot be given back
+        self._borrowed: set[Lease[W]] = set()  # by the supervisor, each for a moment
         self._outgoing: set[W] = set()  # each is expected, idle or lent as well
         self._recovering: set[W] = set()  # each is expected as well: its task may still run
         self._queue: deque[Lease[W]] = deque()  # withdrawn ones stay in it until they are met, or swept out
@@ -80,6 +91,39 @@ class Dispatcher(Generic[W]):
         self._average_run = 0.0  # seconds; 0 before any task has ended
 
     # --- calls ---
+
+    def enter(self, lease: Lease[W], size: int | None, queue_deadline: float = math.inf) -> bool:
+        """Count the bytes of a call (None: not known yet), or let it wait until there is room for them.
+
+        Returns:
+            True if it is in.  Otherwise its open ticket is settled when it is; or without that, by `expire_queue`.
+
+        Raises:
+            PoolClosed, PoolFull: it is not taken.
+        """
+        with self._lock:
+            if self.closed and lease.owner not in self._owners:
+                raise PoolClosed(self._name)
+            if self._gate is None or self._gate.enter(lease, size):
+                lease.ticket = None
+                return True
+            if self.max_pending is not None and not lease.is_admitted:
+                served = self.max_workers - self._count_lent()  # a worker that is still to come counts as free
+                pending = sum(each.is_waiting and not each.is_admitted for each in self._queue) - served
+                pending = max(pending, 0) + sum(each.is_waiting for each, _ in self._gate.queue) - 1  # but this one
+                if pending >= self.max_pending:
+                    self._gate.queue.pop()
+                    lease.ticket = None
+                    raise PoolFull(pending, (pending + 1) * self._estimate_run() / self.max_workers)
+            if queue_deadline < math.inf:
+                heapq.heappush(self._queue_deadlines, (queue_deadline, lease.task_id, lease))
+            return False
+
+    def weigh(self, lease: Lease[W], size: int) -> None:
+        """Note the size of a call that has entered; 0 if it is over.  `let_in` is to be called then."""
+        if self._gate is not None:
+            with self._lock:
+                self._gate.resize(lease, size)
 
     def borrow_idle(self, lease: Lease[W]) -> bool:
         """Lend an idle worker at once, if there is one."""
@@ -157,7 +201,9 @@ class Dispatcher(Generic[W]):
             self._owners.discard(owner)
 
     def _check_room(self, lease: Lease[W], max_pending: int) -> None:
-        room = max_pending + self.max_workers - len(self._lent)  # a worker that is still to come counts as free
+        room = max_pending + self.max_workers - self._count_lent()  # a worker that is still to come counts as free
+        if self._gate is not None:
+            room -= sum(each.is_waiting for each, _ in self._gate.queue)
         if len(self._queue) >= room and self.has_withdrawn:
             self._sweep()
         if len(self._queue) < room or lease in self._bereaved:
@@ -267,6 +313,46 @@ class Dispatcher(Generic[W]):
             self.give_back(heir)
 
     # --- supervisor ---
+
+    def let_in(self) -> None:
+        """Let those in for whose bytes there is room now."""
+        gate = self._gate
+        while gate is not None:
+            with self._lock:
+                entered = gate.let_in()
+            gone = [lease for lease in entered if lease.ticket is None or not lease.ticket.settle()]
+            if not gone:
+                return
+            with self._lock:
+                for lease in gone:  # they have given up meanwhile
+                    gate.resize(lease, 0)
+
+    def leave(self, lease: Lease[W]) -> None:
+        """Note that a call that has entered, or wanted to, is over."""
+        self.weigh(lease, 0)
+        self.let_in()
+
+    def borrow(self, worker: W, lease: Lease[W]) -> bool:
+        """Lend this worker if it is idle."""
+        with self._lock:
+            if worker not in self._idle:
+                return False
+            lease.worker = worker
+            self._lent[worker] = lease
+            self._borrowed.add(lease)
+            self._idle.remove(worker)
+            return True
+
+    def return_borrowed(self, lease: Lease[W]) -> bool:
+        """Do as `give_back`, after `borrow`."""
+        is_back = self.give_back(lease)
+        with self._lock:
+            self._borrowed.discard(lease)
+        return is_back
+
+    def _count_lent(self) -> int:
+        """Return how many workers calls hold.  What the supervisor has borrowed for a moment is as good as free."""
+        return len(self._lent) - len(self._borrowed)
 
     def take_over(self, lease: Lease[W], *, expected: bool = False) -> W | None:
         """Take the worker out of a lease whose call gave it up; None if it has left the lease before.
@@ -484,6 +570,9 @@ class Dispatcher(Generic[W]):
             if not warm_up_only:
                 tickets += [lease.ticket for lease in self._queue if lease.ticket is not None]
                 self._queue.clear()
+                if self._gate is not None:
+                    tickets += [lease.ticket for lease, _ in self._gate.queue if lease.ticket is not None]
+                    self._gate.queue.clear()
         for ticket in tickets:
             ticket.settle(error=make_error())
 
@@ -522,7 +611,7 @@ class Dispatcher(Generic[W]):
         """Return True when no call runs or waits."""
         with self._lock:
             bereaved = any(_is_wanted(ticket) for ticket in self._bereaved.values())
-            waiting = any(lease.is_waiting for lease in self._queue)
+            waiting = any(lease.is_waiting for lease in self._all_waiting())
             return not (self._lent or self._owners or bereaved or waiting)
 
     @property
@@ -531,13 +620,17 @@ class Dispatcher(Generic[W]):
         if not self.max_pending:
             return False  # with 0, none ever waits
         with self._lock:
-            return sum(lease.is_waiting and not lease.is_admitted for lease in self._queue) >= self.max_pending
+            return sum(lease.is_waiting and not lease.is_admitted for lease in self._all_waiting()) >= self.max_pending
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return the numbers of expected, idle and lent workers and of waiting calls."""
         with self._lock:
-            waiting = sum(lease.is_waiting for lease in self._queue)
+            waiting = sum(lease.is_waiting for lease in self._all_waiting())
             return len(self._expected), len(self._idle), len(self._lent), waiting
+
+    def _all_waiting(self) -> Iterator[Lease[W]]:
+        at_gate = () if self._gate is None else self._gate.queue
+        return itertools.chain(self._queue, (lease for lease, _ in at_gate))
 
 
 def _is_wanted(ticket: Ticket | None) -> bool:

@@ -135,6 +135,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "grace": _seconds,
     "drain": _seconds,
     "max_pending": _int,
+    "max_inflight_bytes": _bytes,
     "retries": _int,
     "serializer": str,
     "name": str,

@@ -11,6 +11,7 @@ import io
 import pickle
 
 from . import _payload
+from ._parcels import PROTOCOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -471,7 +472,7 @@ def _same(copy: object, original: BaseException) -> bool:
 
 def _dump_without_init(error: Exception) -> bytes:
     file = io.BytesIO()
-    _ExceptionPickler(file, _payload.PROTOCOL).dump(error)
+    _ExceptionPickler(file, PROTOCOL).dump(error)
     return file.getvalue()
 
 

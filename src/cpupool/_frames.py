@@ -1,7 +1,8 @@
 """The wire: length-prefixed frames between a pool and one worker.
 
-A frame is a header (kind, task id, length of the body) and the body's bytes.  This module does no I/O: `encode_frame`
-makes the bytes to send, `FrameDecoder` takes bytes as they arrive, in pieces of any size, and gives back whole frames.
+A frame is a header (kind, number of descriptors that came with its first byte, task id, length of the body) and the
+body's bytes.  This module does no I/O: `encode_frame` makes the bytes to send, `FrameDecoder` takes bytes as they
+arrive, in pieces of any size, and gives back whole frames.
 It runs in the workers too, so it imports nothing that is not already there.
 """
 
@@ -10,6 +11,11 @@ from __future__ import annotations
 import enum
 import struct
 from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 
 class Kind(enum.IntEnum):
@@ -24,15 +30,16 @@ class Kind(enum.IntEnum):
     SETUP = 7  # pool → worker, first of all where a new process is not a fork: the initializer and its arguments
     BATCH = 8  # pool → worker: run these items (see `encode_batch`); answered like a CALL, by one frame
     PARTIAL = 9  # worker → pool: some results of a batch; its answer is still to come
+    FORGET = 10  # pool → worker: a share has ended; its number, not answered
 
 
-# One byte of kind, eight of task id, eight of body length; little-endian, no padding.
-_HEADER = struct.Struct("<BQQ")
+# One byte of kind, one of descriptors, eight of task id, eight of body length; little-endian, no padding.
+_HEADER = struct.Struct("<BBQQ")
 HEADER_SIZE = _HEADER.size
 # A CALL's body begins with four bytes of attempt and four of label length.
 _CALL = struct.Struct("<II")
 _CALL_SIZE = _CALL.size
-_CALL_HEADER = struct.Struct("<BQQII")
+_CALL_HEADER = struct.Struct("<BBQQII")
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -41,9 +48,20 @@ class ProtocolError(Exception):
 
 
 class Frame:
-    """One whole message: its kind, the task it is about (0 for none) and the bytes of its body."""
+    """One whole message.
+
+    Attributes:
+        kind: what it means.
+        task_id: the task it is about, 0 for none.
+        body: its bytes.
+        files: the descriptors that came with it; None for each that could not be received.
+        received: what is large and came through a stream, once that is here.
+    """
 
     __slots__ = ("body", "kind", "task_id")
+
+    files: Sequence[Any] = ()
+    received: Sequence[Any] = ()
 
     def __init__(self, kind: Kind, task_id: int, body: memoryview) -> None:
         self.kind = kind
@@ -51,15 +69,26 @@ class Frame:
         self.body = body
 
 
-def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"") -> bytes:
-    """Return the bytes of one frame."""
-    return _HEADER.pack(kind, task_id, len(body)) + body
+class LargeFrame(Frame):
+    """A message that brings descriptors."""
+
+    __slots__ = ("files", "received")  # only here, so that all others are spared them
+
+    def __init__(self, kind: Kind, task_id: int, body: memoryview, files: Sequence[Any]) -> None:
+        super().__init__(kind, task_id, body)
+        self.files = files
+        self.received = ()
 
 
-def encode_call(task_id: int, attempt: int, label: bytes, call: bytes) -> bytes:
-    """Return the bytes of a CALL frame: which attempt it is, the label, and the pickled call."""
-    size = _CALL_SIZE + len(label) + len(call)
-    return _CALL_HEADER.pack(Kind.CALL, task_id, size, attempt, len(label)) + label + call
+def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"", *, files: int = 0, tail: int = 0) -> bytes:
+    """Return the bytes of one frame, but for the last `tail` of its body; with so many descriptors."""
+    return _HEADER.pack(kind, files, task_id, len(body) + tail) + body
+
+
+def encode_call(task_id: int, attempt: int, label: bytes, call: bytes, *, files: int = 0, tail: int = 0) -> bytes:
+    """Return the bytes of a CALL frame: which attempt it is, the label, and the packed call; as `encode_frame`."""
+    size = _CALL_SIZE + len(label) + len(call) + tail
+    return _CALL_HEADER.pack(Kind.CALL, files, task_id, size, attempt, len(label)) + label + call
 
 
 def split_call(body: memoryview) -> tuple[int, bytes, memoryview]:
@@ -95,10 +124,12 @@ class BatchHead(NamedTuple):
 _BATCH = struct.Struct("<IQQdd??IQ")
 
 
-def encode_batch(task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes) -> bytes:
-    """Return the bytes of a BATCH frame: its head, the label, the pickled function and the pickled items."""
+def encode_batch(
+    task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes, *, files: int = 0, tail: int = 0
+) -> bytes:
+    """Return the bytes of a BATCH frame: its head, the label, the packed function and items; as `encode_frame`."""
     body = _BATCH.pack(*head, len(label), len(function)) + label + function + items
-    return encode_frame(Kind.BATCH, task_id, body)
+    return encode_frame(Kind.BATCH, task_id, body, files=files, tail=tail)
 
 
 def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryview]:
@@ -113,22 +144,26 @@ def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryv
 class FrameDecoder:
     """Turns received bytes into frames.
 
-    Rules: `feed` takes whatever arrived; `next_frame` gives the next whole frame, or None while it is incomplete.
-    Nothing is copied that need not be: a frame that arrives in one piece is given back as a view of that piece.
+    Rules: `feed` takes whatever arrived, and the descriptors with it; `next_frame` gives the next whole frame, or None
+    while it is incomplete.  Nothing is copied that need not be: a frame that arrives in one piece is given back as a
+    view of that piece.
 
     Attributes:
         missing: how many more bytes `next_frame` wanted at least, when it last had none to give.
     """
 
-    __slots__ = ("_buffer", "_header", "missing")
+    __slots__ = ("_buffer", "_files", "_header", "missing")
 
     def __init__(self) -> None:
         self.missing = HEADER_SIZE
+        self._files: list[Any] = []
         self._buffer: bytes | bytearray = b""
-        self._header: tuple[Kind, int, int] | None = None  # of the frame at the start of the buffer; and its end
+        self._header: tuple[Kind, int, int, int] | None = None  # of the frame at the start of the buffer; and its end
 
-    def feed(self, data: bytes) -> None:
-        """Take bytes as they came from the socket."""
+    def feed(self, data: bytes, files: Sequence[Any] = ()) -> None:
+        """Take bytes as they came from the socket, and the descriptors that came with them."""
+        if files:
+            self._files += files
         if not self._buffer:
             self._buffer = data
             return
@@ -139,14 +174,14 @@ class FrameDecoder:
     @property
     def incoming_task_id(self) -> int | None:
         """Task id of a frame whose header is here and whose body is not yet complete."""
-        return None if self._header is None else self._header[1]
+        return None if self._header is None else self._header[2]
 
     def drop_body(self) -> None:
         """Throw away what is here of the body of a frame that is not complete: it is not wanted."""
         if self._header is not None:
-            kind, task_id, end = self._header
+            kind, files, task_id, end = self._header
             kept = bytes(self._buffer[:HEADER_SIZE])
-            self._header = kind, task_id, end - (len(self._buffer) - len(kept))
+            self._header = kind, files, task_id, end - (len(self._buffer) - len(kept))
             self._buffer = kept
 
     def next_frame(self) -> Frame | None:
@@ -160,17 +195,22 @@ class FrameDecoder:
             if len(buffer) < HEADER_SIZE:
                 self.missing = HEADER_SIZE - len(buffer)
                 return None
-            number, task_id, length = _HEADER.unpack_from(buffer)
+            number, files, task_id, length = _HEADER.unpack_from(buffer)
             if number not in _KINDS:
                 raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
-            self._header = _KINDS[number], task_id, HEADER_SIZE + length
-        kind, task_id, end = self._header
+            self._header = _KINDS[number], files, task_id, HEADER_SIZE + length
+        kind, files, task_id, end = self._header
         if len(buffer) < end:
             self.missing = end - len(buffer)
             return None
         view = memoryview(buffer)
         rest = b"" if len(buffer) == end else bytes(view[end:])
-        frame = Frame(kind, task_id, view[HEADER_SIZE:end])
+        if files:
+            lost = [None] * (files - len(self._files))  # none was free to receive them
+            frame: Frame = LargeFrame(kind, task_id, view[HEADER_SIZE:end], self._files[:files] + lost)
+            del self._files[:files]
+        else:
+            frame = Frame(kind, task_id, view[HEADER_SIZE:end])
         # Now that nothing is called any more no signal handler can raise, and lose the frame that was taken out.
         self._header = None
         self._buffer = rest

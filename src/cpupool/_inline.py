@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ._map import FlowOptions
+    from ._parcels import Parcel
     from ._settings import CallOptions, Settings
     from ._stream import Segments
     from ._supervisor import Health
@@ -67,9 +68,15 @@ class InlinePool(CpuPool):
         self._dispatcher = self._inline  # type: ignore[assignment]  # and the dispatcher's
 
     def _make_call(
-        self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
+        self,
+        fn: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        options: CallOptions,
+        *,
+        is_copy: bool = False,  # noqa: ARG002  # it always does
     ) -> Call:
-        return InlineCall(fn, args, kwargs, options)
+        return InlineCall(fn, args, kwargs, options, is_copy=True)
 
     def _open_flow(
         self, fn: Callable[..., Any], iterables: tuple[Any, ...], options: CallOptions, flow_options: FlowOptions
@@ -185,6 +192,9 @@ class InlineSupervisor:
         self.stop_soon()
         ticket.settle()
 
+    def end_share(self, number: int) -> None:
+        """Nobody has mapped it."""
+
     def stop_soon(self) -> None:
         self.closed = True
         with self._lock:
@@ -204,27 +214,28 @@ class InlineCall(Call):
 
     def run_here(self, supervisor: InlineSupervisor, item: int | None = None) -> Any:
         """Run it, and return its value or raise its error, both as they would arrive."""
-        options, dumps = self._options, self._options.dumps
+        options, dumps = self._options, self._options.serializer.dumps
         with supervisor.task(options.label, item):
             if options.on_start is not None:
                 options.on_start()
             set_reporter(lambda value: self._pass_on(dump_report(value, dumps)))
             try:
-                pickled = self._run_pickled()
+                packed = self._run_packed()
             finally:
                 set_reporter(None)
-        return load_value(pickled, self._fn, options)
+        return load_value(packed if isinstance(packed, bytes) else packed.to_bytes(), self._fn, options)
 
     def _pass_on(self, report: bytes) -> None:
         if self._options.on_report is not None:
             self._options.on_report(_payload.loads(report))
 
-    def _run_pickled(self) -> bytes:
-        """Do as a worker does: return the pickled result, or raise the error as it would arrive."""
+    def _run_packed(self) -> bytes | Parcel:
+        """Do as a worker does: return the packed result, or raise the error as it would arrive."""
         options, name, result = self._options, name_task(self._fn, self._options), None
         stage, began = STAGE_ARGUMENTS, time.monotonic()
         try:
-            fn, args, kwargs = _payload.loads(self._body)
+            packed = self._packed
+            fn, args, kwargs = _payload.loads(packed) if isinstance(packed, bytes) else packed.rebuild()
             stage = STAGE_TASK
             result = fn(*args, **kwargs)
         except BaseException as error:
@@ -232,11 +243,13 @@ class InlineCall(Call):
                 raise
             self._check_time(began)
             trace = error.__traceback__ and error.__traceback__.tb_next  # from the task's own first line
-            arrived = decode_error(encode_error(error.with_traceback(trace), stage, dumps=options.dumps), name)
+            arrived = decode_error(
+                encode_error(error.with_traceback(trace), stage, dumps=options.serializer.dumps), name
+            )
             raise arrived.with_traceback(trace)  # noqa: B904  # it has its cause
         self._check_time(began)
         try:
-            return options.dumps(result)
+            return _payload.pack_result(result, options.serializer)
         except BaseException as error:
             raise decode_error(encode_unpicklable(error, result), name)  # noqa: B904  # likewise
 
@@ -277,7 +290,7 @@ class InlineFlow:
     ) -> None:
         flow_options.check()
         check_function(fn, "stream" if flow_options.is_lazy else "map")
-        _payload.dumps_function(fn, options.dumps)
+        _payload.pack_function(fn, options.serializer)
         self._supervisor = supervisor
         self._fn = fn
         self._options = options
@@ -331,7 +344,8 @@ class InlineFlow:
             return None
         number, self._number = self._number, self._number + 1
         try:
-            call = InlineCall(self._fn, tuple(column[0] for column in columns), {}, self._options)
+            arguments = tuple(column[0] for column in columns)
+            call = InlineCall(self._fn, arguments, {}, self._options, is_copy=True)
             return Segment(number, [call.run_here(self._supervisor, number)], [])
         except PoolClosed:
             raise

@@ -23,11 +23,12 @@ import os
 import struct
 import sys
 
+from ._parcels import MOST_ON_LOOP, sizes_of
 from ._status import COLUMN, HELD, NOT_BEGUN, SENT, STATUS_PAGE_SIZE, VOID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 COLUMN_LENGTH = 8 * 1024  # results
@@ -127,9 +128,16 @@ class Journal:
         head = _HEAD.pack(page[SENT], held, page[COLUMN], seconds, self._first_error)
         return b"".join((head, self._column[: held * NUMBER_SIZE], self.data[: self.end]))
 
-    def pack_alone(self, record: bytes, seconds: float, *, is_error: bool) -> bytes:
-        """Return the body of a frame with one record that does not fit in; everything before it has been sent."""
-        end = len(record)
+    def pack_alone(self, record: bytes, seconds: float, *, is_error: bool, size: int | None = None) -> bytes:
+        """Return the body of a frame with one record that does not fit in; everything before it has been sent.
+
+        Args:
+            record: the record, or its beginning, if it is to have `size` bytes.
+            seconds: since the batch began.
+            is_error: True if it is an encoded error.
+            size: how many bytes it has in all.
+        """
+        end = len(record) if size is None else size
         head = _HEAD.pack(self.page[SENT], 1, RECORDS, seconds, 0 if is_error else -1)
         return head + _END.pack(~end if is_error else end) + record
 
@@ -175,6 +183,11 @@ def read_journal(read_cell: Callable[[int], int], read: Callable[[int, int], byt
     return _HEAD.pack(sent, held, code, 0.0, first_error) + column + data
 
 
+def find_record(body: memoryview) -> memoryview:
+    """Return the record of a frame that `Journal.pack_alone` made."""
+    return body[_HEAD.size + NUMBER_SIZE :]
+
+
 def _count_numbers(column: memoryview, least: int, void: int) -> int:
     """Return how many numbers are in a column, which are `least` or more, in front of what is void."""
     return next((at for at in range(least, COLUMN_LENGTH) if column[at] == void), COLUMN_LENGTH)
@@ -189,18 +202,31 @@ class Results:
         seconds: how long the batch had run then; 0 if that is not known.
         first_error: the position of the first error among them, or None.
         are_numbers: True if they are all numbers of one type.
+        received: what of the record came through a stream, if it is one, and large.
     """
 
-    __slots__ = ("_body", "_code", "count", "first", "first_error", "seconds")
+    __slots__ = ("_body", "_code", "count", "first", "first_error", "received", "seconds")
 
-    def __init__(self, body: memoryview | bytes) -> None:
-        """Args: `body` is what `Journal.pack` or `read_journal` made."""
+    def __init__(self, body: memoryview | bytes, received: Sequence[Any] = ()) -> None:
+        """Args: `body` is what `Journal.pack` or `read_journal` made; `received`, see there."""
         self._body = memoryview(body)
+        self.received = received
         self.first: int
         self.count: int
         self.seconds: float
         self.first, self.count, self._code, self.seconds, first_error = _HEAD.unpack_from(body)
         self.first_error: int | None = None if first_error < 0 else first_error
+
+    @property
+    def are_light(self) -> bool:
+        """True if they can be rebuilt on an event loop."""
+        body = self._body
+        return len(body) <= MOST_ON_LOOP and (not self.received or sizes_of(find_record(body))[0] <= MOST_ON_LOOP)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return len(self._body) + sum(map(len, self.received))
 
     @property
     def are_numbers(self) -> bool:

@@ -35,6 +35,7 @@ class Lease(Generic[W]):
         condemned_item: the number of the item that is interrupted, or `BEFORE_FIRST`; None for the whole task.
         item_started: when that item began, 0 without one.
         worker: what it holds, or None.
+        weight: how many bytes it is counted with, 0 where nobody counts.
         ticket: what it waits on in the queue, None if it has not waited.
         heir: the lease to which its worker is going, until that is settled.
         is_expired: True when it has waited long enough, and will not be given a worker any more.
@@ -60,6 +61,7 @@ class Lease(Generic[W]):
         "task_id",
         "ticket",
         "verdict",
+        "weight",
         "worker",
     )
 
@@ -69,6 +71,7 @@ class Lease(Generic[W]):
         self.owner = owner
         self.is_admitted = is_admitted
         self.item_timeout: float | None = None
+        self.weight = 0
         self.begin(task_id)
 
     def begin(self, task_id: int) -> None:

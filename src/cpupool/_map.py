@@ -27,14 +27,17 @@ import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _payload
-from ._call import check_function, run_attempt, with_reports
+from ._apart import pause_while, run_apart
+from ._call import check_function, pass_gate, run_attempt, with_reports
 from ._checks import check_count
-from ._errors import decode_error
+from ._errors import TaskNotPicklable, decode_error
 from ._frames import BatchHead, Kind, encode_batch
 from ._journal import Results
+from ._large import send_off
 from ._lease import Lease, Verdict
 from ._outcomes import Interruption, make_death_error, make_stop_error, name_task
 from ._pace import Pace
+from ._parcels import MOST_ON_LOOP, GivenUp, Parcel, Shipment, TooLarge, check_new_shares
 from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, count_all, open_source
@@ -42,7 +45,7 @@ from ._status import BEFORE_FIRST
 from ._worker import FIRST_LOOK, LONGEST_LOOK, Death
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from ._frames import Frame
     from ._settings import CallOptions
@@ -83,20 +86,22 @@ class _Batch:
         first: the number of its first item.
         columns: the items.
         attempt: 1, or more for an item that is tried again, alone.
-        body: the pickled items, or None.
+        packed: the pickled items, or None.
+        is_too_large: True if they are too large to be pickled on the event loop.
         limit: how many of them the worker was told to run, at most.
         sent_at: when it was sent, on the monotonic clock.
         done: how many of them have their result in the output.
         seconds: how long the worker took for those.
     """
 
-    __slots__ = ("attempt", "body", "columns", "done", "first", "limit", "seconds", "sent_at")
+    __slots__ = ("attempt", "columns", "done", "first", "is_too_large", "limit", "packed", "seconds", "sent_at")
 
     def __init__(self, first: int, columns: Columns, attempt: int = 1) -> None:
         self.first = first
         self.columns = columns
         self.attempt = attempt
-        self.body: bytes | None = None
+        self.packed: bytes | Parcel | None = None
+        self.is_too_large = False
         self.limit = self.size
         self.sent_at = math.inf
         self.done = 0
@@ -107,6 +112,11 @@ class _Batch:
         return len(self.columns[0])
 
     @property
+    def packed_size(self) -> int:
+        """How many bytes its items are, pickled."""
+        return self.packed.size if isinstance(self.packed, Parcel) else len(self.packed or b"")
+
+    @property
     def runs_none(self) -> bool:
         """True if all items that the worker was to run are done, so that none is to blame."""
         return self.done >= self.limit
@@ -114,6 +124,18 @@ class _Batch:
     def cut(self, start: int, stop: int | None = None, attempt: int = 1) -> _Batch:
         """Return a batch of some of its items."""
         return _Batch(self.first + start, tuple(each[start:stop] for each in self.columns), attempt)
+
+
+class _Arrived(NamedTuple):
+    """Results that have not been rebuilt.
+
+    Attributes:
+        make: rebuilds them.
+        is_light: True if that may be done on the event loop.
+    """
+
+    make: Callable[[], Segment]
+    is_light: bool = True
 
 
 class Flow:
@@ -133,7 +155,12 @@ class Flow:
     ) -> None:
         flow_options.check()
         check_function(fn, "stream" if flow_options.is_lazy else "map")
-        self._function = _payload.dumps_function(fn, options.dumps)
+        self._function: bytes | Parcel = b""
+        self._is_function_large = False
+        try:
+            self._function = _payload.pack_function(fn, options.serializer, most=MOST_ON_LOOP)
+        except TooLarge:
+            self._is_function_large = True
         self._source = open_source(iterables)
         self._supervisor = supervisor
         self._waits = waits
@@ -153,7 +180,7 @@ class Flow:
         self._consumed = 0
         self._failed_at = math.inf  # the number of the first item that has failed, if that is to end it all
         self._error: BaseException | None = None  # why nothing can go on
-        self._output: OrderedDict[int, Callable[[], Segment]] = OrderedDict()  # by the number of the first item
+        self._output: OrderedDict[int, _Arrived] = OrderedDict()  # by the number of the first item
         self._next = 0  # the next number to be given out, if ordered
         self._event: anyio.Event | None = None
         self._tasks: Tasks | None = None
@@ -172,6 +199,9 @@ class Flow:
     async def __aenter__(self) -> Flow:
         if self._tasks is not None:
             raise RuntimeError("a stream can be entered only once; make a new one: pool.stream(...)")
+        if self._is_function_large:
+            self._function = await run_apart(self._pack_function, self._waits)
+            self._is_function_large = False
         self._supervisor.dispatcher.add_owner(self)
         self._tasks = await self._waits.open_tasks()
         if isinstance(self._source, FedSource):
@@ -179,6 +209,9 @@ class Flow:
             self._tasks.start(self._feed, self._source)
         self._tasks.start(self._run_lane)
         return self
+
+    def _pack_function(self, is_wanted: Callable[[], bool]) -> bytes | Parcel:
+        return _payload.pack_function(self._fn, self._options.serializer, pause=pause_while(is_wanted))
 
     async def __aexit__(self, *_: object) -> None:
         self.fail(RuntimeError("the block of this stream was left"))
@@ -219,8 +252,9 @@ class Flow:
             if self._source.error is not None and not self._is_lazy:
                 raise self._source.error
             if self._output and (not self._ordered or self._next in self._output):
-                make = self._output.pop(self._next) if self._ordered else self._output.popitem(last=False)[1]
-                segment = make()
+                first = self._next if self._ordered else next(iter(self._output))
+                segment = await self._rebuild(self._output[first])
+                self._output.pop(first, None)  # the stream may have been left meanwhile
                 self._next = segment.first + len(segment.values)
                 return segment
             if self._is_finished:
@@ -228,6 +262,12 @@ class Flow:
                     raise self._source.error
                 return None
             await self._changed()
+
+    async def _rebuild(self, arrived: _Arrived) -> Segment:
+        """Make the segment of what has arrived; apart from the event loop, if that takes a while."""
+        if arrived.is_light:
+            return arrived.make()
+        return await run_apart(lambda _: arrived.make(), self._waits)
 
     def fail(self, error: BaseException) -> BaseException:
         """End it all, unless that was done before, and return the error."""
@@ -281,7 +321,7 @@ class Flow:
     def _pop_waiting(self) -> _Batch:
         """Take the first waiting batch; of one that was given back, as many items as one batch should have now."""
         batch = self._waiting.popleft()
-        size = batch.size if batch.body is not None else self._pace.choose_size(batch.size)
+        size = batch.size if batch.packed is not None else self._pace.choose_size(batch.size)
         if size >= batch.size:
             return batch
         self._waiting.appendleft(batch.cut(size))
@@ -302,8 +342,11 @@ class Flow:
         batch = _Batch(self._pulled, columns)
         self._pulled += batch.size
         self._waiting.append(batch)
-        if self._pickle(batch) is None:
-            self._pace.note_pickled(batch.size, len(batch.body or b""), time.perf_counter() - started)
+        error = self._pickle(batch)
+        batch.is_too_large = isinstance(error, TooLarge)
+        if error is None or batch.is_too_large:
+            size = MOST_ON_LOOP if batch.is_too_large else batch.packed_size
+            self._pace.note_pickled(batch.size, size, time.perf_counter() - started)
         return True
 
     def _choose_size(self) -> int:
@@ -318,30 +361,47 @@ class Flow:
         return self._pace.room - (self._pulled + self._source.held - self._consumed)
 
     def _pickle(self, batch: _Batch) -> Exception | None:
-        """Pickle the items of a batch; return what is raised if one cannot be."""
+        """Pickle the items of a batch; return what is raised if one cannot be, or if that would take too long here."""
         try:
-            batch.body = self._options.dumps(batch.columns)
+            batch.packed = _payload.pack_items(batch.columns, self._options.serializer, most=MOST_ON_LOOP)
         except Exception as error:
             return error
         return None
 
-    async def _run_batch(self, batch: _Batch) -> None:
-        if batch.body is None and (error := self._pickle(batch)) is not None:
-            if batch.size > 1:
-                self._halve(batch)
-            else:
+    async def _pickle_apart(self, batch: _Batch) -> Exception | None:
+        """Pickle an item that is large, apart from the event loop; return what is raised if it cannot be, explained."""
+
+        def pack(is_wanted: Callable[[], bool]) -> bytes | Parcel | Exception:
+            serializer, pause = self._options.serializer, pause_while(is_wanted)
+            try:
+                return _payload.pack_items(batch.columns, serializer, pause=pause)
+            except GivenUp:
+                raise
+            except Exception as error:
                 arguments = tuple(column[0] for column in batch.columns)
-                self._blame(batch, _payload.explain(self._fn, arguments, {}, self._options.dumps, error) or error)
-            await checkpoint()  # the next one may be no better
-            return
+                return _payload.explain(self._fn, arguments, {}, serializer, error, pause) or error
+
+        packed = await run_apart(pack, self._waits)
+        if isinstance(packed, Exception):
+            return packed
+        batch.packed = packed
+        return None
+
+    async def _run_batch(self, batch: _Batch) -> None:
         supervisor = self._supervisor
         lease: Lease[Worker] = Lease(
             supervisor.next_task_id(), self, is_admitted=self._has_begun or self._options.background
         )
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
-        errand = _Delivery(self, batch)
-        outcome = await run_attempt(lease, errand, self._fn, options, supervisor, self._waits, batch.size)
+        if supervisor.dispatcher.has_gate:
+            size = None if batch.packed is None else self._count_bytes(batch)
+            run = functools.partial(self._run_packed, batch, lease, options)
+            outcome = await pass_gate(lease, size, run, self._fn, options, supervisor, self._waits)
+        else:
+            outcome = await self._run_packed(batch, lease, options)
+        if outcome is None:
+            return
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
         if isinstance(outcome, Death):
@@ -355,8 +415,38 @@ class Flow:
         else:
             self._blame(batch, decode_error(outcome.body, name_task(self._fn, self._options)))
 
-    def encode(self, batch: _Batch, task_id: int, worker: Worker) -> bytes:
-        """Return the frame of a batch for a worker, which is there now."""
+    async def _run_packed(
+        self, batch: _Batch, lease: Lease[Worker], options: CallOptions
+    ) -> Frame | Interruption | Death | None:
+        """Pickle a batch, unless it is, and run it; None if it cannot be pickled, and was given back or blamed."""
+        if batch.packed is None:
+            error = TooLarge() if batch.is_too_large else self._pickle(batch)
+            if isinstance(error, TooLarge) and batch.size == 1:
+                error = await self._pickle_apart(batch)
+            if error is not None:
+                if batch.size > 1:
+                    self._halve(batch)
+                elif isinstance(error, TaskNotPicklable):
+                    self._blame(batch, error)
+                else:
+                    arguments = tuple(column[0] for column in batch.columns)
+                    self._blame(
+                        batch, _payload.explain(self._fn, arguments, {}, self._options.serializer, error) or error
+                    )
+                await checkpoint()  # the next one may be no better
+                return None
+            if lease.weight:
+                self._supervisor.dispatcher.weigh(lease, self._count_bytes(batch))
+                self._supervisor.post(self._supervisor.dispatcher.let_in)
+        errand = _Delivery(self, batch)
+        return await run_attempt(lease, errand, self._fn, options, self._supervisor, self._waits, batch.size)
+
+    def _count_bytes(self, batch: _Batch) -> int:
+        function = self._function
+        return batch.packed_size + (len(function) if isinstance(function, bytes) else function.size)
+
+    def encode(self, batch: _Batch, task_id: int, worker: Worker) -> tuple[bytes, Shipment | None]:
+        """Return the frame of a batch, and what belongs to it, for a worker, which is there now."""
         if not self._has_begun and self._tasks is not None:
             self._has_begun = True
             for _ in range(self._pace.lanes - 1):
@@ -367,21 +457,27 @@ class Flow:
         head = BatchHead(
             batch.attempt, batch.first, batch.limit, self._pace.budget, hold, self._stops_at_error, is_timed
         )
-        return encode_batch(task_id, head, self._label, self._function, batch.body or b"")
+        function, items, shipment = self._function, batch.packed or b"", None
+        if not isinstance(function, bytes) or not isinstance(items, bytes):
+            function, items, shipment = _ship_together(function, items, worker.known_shares)
+        files, tail = (len(shipment.descriptors), shipment.tail_size) if shipment is not None else (0, 0)
+        return encode_batch(task_id, head, self._label, function, items, files=files, tail=tail), shipment
 
     def look_ahead(self) -> None:
-        """Prepare the next batch while others run."""
-        if len(self._waiting) < self._pace.lanes and self._prepare():
+        """Prepare the next batch while others run; but not where bytes are counted, and it would hold some."""
+        has_gate = self._supervisor.dispatcher.has_gate
+        if not has_gate and len(self._waiting) < self._pace.lanes and self._prepare():
             self._wake()
 
-    def take(self, batch: _Batch, body: memoryview | bytes) -> None:
+    def take(self, batch: _Batch, body: memoryview | bytes, received: Sequence[Any] = ()) -> None:
         """Put results of a batch into the output, except those that are there."""
-        results = Results(body)
+        results = Results(body, received)
         known = batch.done - results.first
         if 0 <= known < results.count:  # below: they are from the journal, and what was sent before has yet to be read
             first = batch.first + batch.done
-            self._output[first] = functools.partial(rebuild, first, results, known, self._fn, self._options)
-            self._pace.note_bytes(results.count, len(body))
+            make = functools.partial(rebuild, first, results, known, self._fn, self._options)
+            self._output[first] = _Arrived(make, is_light=results.are_numbers or results.are_light)
+            self._pace.note_bytes(results.count, results.nbytes)
             if results.first_error is not None and self._stops_at_error:
                 self._note_failure(batch.first + results.first + results.first_error)
             batch.done = results.first + results.count
@@ -453,7 +549,7 @@ class Flow:
     def _blame(self, batch: _Batch, error: Exception) -> None:
         """Let the item fail that ran, and give the rest back."""
         number = batch.first + batch.done
-        self._output[number] = functools.partial(make_failure, number, error)
+        self._output[number] = _Arrived(functools.partial(make_failure, number, error))
         if self._stops_at_error:
             self._note_failure(number)
         self._give_back(batch.cut(batch.done + 1))
@@ -506,6 +602,23 @@ class Flow:
             event.set()
 
 
+def _ship_together(function: bytes | Parcel, items: bytes | Parcel, known: set[int]) -> tuple[bytes, bytes, Shipment]:
+    """Begin to send what is large of a batch: returns the heads of function and items, and what belongs to both."""
+    check_new_shares(known, *(each for each in (function, items) if isinstance(each, Parcel)))
+    of_function = Shipment(function) if isinstance(function, bytes) else send_off(function, known)
+    known = known | {each.number for each in of_function.shares}
+    of_items = Shipment(items) if isinstance(items, bytes) else send_off(items, known)
+    both = Shipment(
+        b"",
+        of_items.tail,
+        [*of_function.streams, *of_items.streams],
+        [*of_function.files, *of_items.files],
+        [*of_function.shares, *of_items.shares],
+        [*of_function.sendings, *of_items.sendings],
+    )
+    return b"".join((of_function.head, *of_function.tail)), of_items.head, both
+
+
 class _Delivery(NamedTuple):
     """One batch on its way to a worker, and what comes back."""
 
@@ -513,12 +626,12 @@ class _Delivery(NamedTuple):
     batch: _Batch
 
     def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
-        frame = self.flow.encode(self.batch, task_id, worker)
-        on_report = self.flow.on_report
+        frame, shipment = self.flow.encode(self.batch, task_id, worker)
+        on_report, limit = self.flow.on_report, self.batch.limit
         if on_report is None:
-            return worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
+            return worker.exchange_batch(task_id, frame, limit, waits, self, shipment)
         return with_reports(
-            worker, on_report, waits, lambda waits: worker.exchange_batch(task_id, frame, self.batch.limit, waits, self)
+            worker, on_report, waits, lambda waits: worker.exchange_batch(task_id, frame, limit, waits, self, shipment)
         )
 
     @property
@@ -529,8 +642,8 @@ class _Delivery(NamedTuple):
         self.batch.sent_at = time.monotonic()
         self.flow.look_ahead()
 
-    def take(self, body: memoryview | bytes) -> int:
-        self.flow.take(self.batch, body)
+    def take(self, body: memoryview | bytes, received: Sequence[Any] = ()) -> int:
+        self.flow.take(self.batch, body, received)
         return self.batch.done
 
     def is_late(self) -> bool:

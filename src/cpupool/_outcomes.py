@@ -19,7 +19,7 @@ from ._frames import Kind
 from ._lease import Lease, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ._frames import Frame
     from ._settings import CallOptions
@@ -47,10 +47,12 @@ def name_task(fn: Callable[..., object], options: CallOptions) -> str:
     return describe_callable(fn) if options.label is None else options.label
 
 
-def load_value(pickled: memoryview | bytes, fn: Callable[..., object], options: CallOptions) -> Any:
+def load_value(
+    pickled: memoryview | bytes, fn: Callable[..., object], options: CallOptions, received: Sequence[Any] = ()
+) -> Any:
     """Rebuild what a task has returned, or raise `ResultNotPicklable`."""
     try:
-        return _payload.loads_result(pickled)
+        return _payload.loads_result(pickled, received)
     except _payload.RebuildFailed as failed:
         raise make_rebuild_error(pickled, failed, fn, options)  # noqa: B904  # it has its cause
 

@@ -11,7 +11,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ._call import Call
 from ._calls import PoolCalls, async_waits
@@ -19,6 +19,7 @@ from ._checks import check_seconds
 from ._errors import PoolClosed
 from ._forking import at_fork
 from ._settings import Settings
+from ._share import Share
 from ._starting import WorkerStarter
 from ._supervisor import Supervisor
 from ._waiting import BlockingWaits, refuse_in_event_loop, run_to_end
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ._stream import Segments
     from ._supervisor import Health
     from ._waiting import Waits
+
+T = TypeVar("T")
 
 _pools: weakref.WeakSet[CpuPool] = weakref.WeakSet()
 _abandoned: deque[str] = deque(maxlen=16)  # names of pools that were collected while they ran
@@ -78,6 +81,11 @@ class CpuPool(PoolCalls):
         drain: seconds that `close` and `aclose` let accepted calls run on.
         max_pending: how many calls may wait while all workers are busy; one more raises `PoolFull`.  By default any
             number.
+        max_inflight_bytes: how many bytes of functions and arguments the calls that wait and run may hold together, as
+            they are pickled, arrays and other buffers included; what is shared (`share`) does not count, nor do
+            results.  A call that is too much waits until there is room, before it is pickled if it is large, and counts
+            as waiting for `max_pending` and `queue_timeout`.  One that is larger than that goes alone.  By default any
+            number.
         retries: how often a call is run again after its worker died (`WorkerDied`).  The function must be safe to
             run twice: the worker may have died after it did its work.
         serializer: "pickle", or "cloudpickle" (an optional dependency) to send lambdas, functions inside functions, and
@@ -120,6 +128,7 @@ class CpuPool(PoolCalls):
         grace: float = 1.0,
         drain: float = 5.0,
         max_pending: int | None = None,
+        max_inflight_bytes: int | None = None,
         retries: int = 0,
         serializer: str = "pickle",
         name: str = "CpuPool",
@@ -143,6 +152,7 @@ class CpuPool(PoolCalls):
             grace=grace,
             drain=drain,
             max_pending=max_pending,
+            max_inflight_bytes=max_inflight_bytes,
             retries=retries,
             serializer=serializer,
             name=name,
@@ -215,9 +225,15 @@ class CpuPool(PoolCalls):
         return self
 
     def _make_call(
-        self, fn: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], options: CallOptions
+        self,
+        fn: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        options: CallOptions,
+        *,
+        is_copy: bool = False,
     ) -> Call:
-        return Call(fn, args, kwargs, options)
+        return Call(fn, args, kwargs, options, is_copy=is_copy)
 
     def _open_flow(
         self, fn: Callable[..., Any], iterables: tuple[Any, ...], options: CallOptions, flow_options: FlowOptions
@@ -225,6 +241,27 @@ class CpuPool(PoolCalls):
         from ._map import Flow
 
         return Flow(self._supervisor, async_waits(), fn, iterables, options, flow_options)
+
+    @overload
+    def share(self, value: bytes | bytearray) -> Share[memoryview]: ...
+
+    @overload
+    def share(self, value: T) -> Share[T]: ...
+
+    def share(self, value: Any) -> Share[Any]:
+        """Share a large object with any number of calls: `with pool.share(array) as shared: ...`, or `async with`.
+
+        Give `shared` to the calls; in the task `shared.get()` is the object, with read-only views of one and the same
+        memory.  See `Share`.
+
+        Args:
+            value: an array, a frame, `bytes`, or whatever holds buffers of the kind of PEP 574.  What is no buffer in
+                it is pickled, and made anew by each `get()`.
+
+        Raises:
+            Exception: whatever pickling it raises, when the block is entered.
+        """
+        return Share(value, self._options.serializer, _end_share)
 
     # --- start and end ---
 
@@ -405,6 +442,13 @@ def _drain_after(kind: type[BaseException] | None) -> float | None:
 def list_pools() -> list[CpuPool]:
     """Return the pools of this process, whether they run or not."""
     return list(_pools)
+
+
+def _end_share(number: int) -> None:
+    """Have the workers of all pools forget a share: it may have been used in any."""
+    for pool in list_pools():
+        if is_running(pool):
+            pool._supervisor.post(pool._supervisor.end_share, number)
 
 
 def is_running(pool: CpuPool) -> bool:

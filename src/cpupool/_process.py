@@ -59,7 +59,7 @@ class WorkerProcess:
         pid: its process id.
         channel: the pool's end of its socket, non-blocking.
         sentinel: a descriptor that becomes readable when the process has ended.
-        pickled_duties: what has to be sent to it first; None for a forked one, which has it.
+        packed_duties: what has to be sent to it first; None for a forked one, which has it.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class WorkerProcess:
                 _live.add(self)
                 with _daemon_may_have_children():
                     self._process.start()
-                self.pickled_duties = setup.pickled_duties
+                self.packed_duties = setup.packed_duties
             except BaseException:
                 self.close()
                 raise
@@ -103,6 +103,7 @@ class WorkerProcess:
         self._descriptors.callback(self.channel.close)
         theirs.callback(channel.close)
         self.channel.setblocking(False)
+        channel.setblocking(True)  # whatever `socket.setdefaulttimeout` says
         liveness, our_liveness = os.pipe()
         self._descriptors.callback(os.close, our_liveness)
         theirs.callback(os.close, liveness)

@@ -112,7 +112,7 @@ class ReportingWaits:
         on_report: Callable[[Any], object],
     ) -> None:
         """Args: `read(seen)` reads a new report, see `read_report`; that of number `seen` is of another task."""
-        self.writable = waits.writable
+        self.writable, self.ticket, self.settled = waits.writable, waits.ticket, waits.settled
         self._readable = waits.readable
         self._read = read
         self._on_report = on_report

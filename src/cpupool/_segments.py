@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _payload
 from ._errors import decode_error
+from ._large import unpickle_apart
 from ._outcomes import make_rebuild_error, name_task
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def rebuild(first: int, results: Results, known: int, fn: Callable[..., Any], op
         return Segment(first, column[known:] if known else column, [])
     values: list[Any] = []
     failures: list[int] = []
-    data, loads = results.data, _payload.loads_result
+    data, loads, received = results.data, _payload.loads_result, results.received
+    is_large = received and not results.are_light
     start = max(column[known - 1], ~column[known - 1]) if known else 0
     for end in column[known:]:
         stop = end if end >= 0 else ~end
@@ -47,7 +49,7 @@ def rebuild(first: int, results: Results, known: int, fn: Callable[..., Any], op
         error: Exception
         try:
             if end >= 0:
-                values.append(loads(pickled))
+                values.append(unpickle_apart(pickled, received) if is_large else loads(pickled, received))
                 continue
             error = decode_error(pickled, name_task(fn, options))
         except _payload.RebuildFailed as failed:

@@ -44,6 +44,7 @@ class Settings:
     grace: float = 1.0
     drain: float = 5.0
     max_pending: int | None = None
+    max_inflight_bytes: int | None = None
     retries: int = 0
     serializer: str = "pickle"
     name: str = "CpuPool"
@@ -55,7 +56,7 @@ class Settings:
         for name in ("max_pending", "min_workers"):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, at_least=0)
-        for name in ("max_memory_per_child", "hard_memory_per_child"):
+        for name in ("max_memory_per_child", "hard_memory_per_child", "max_inflight_bytes"):
             if (value := getattr(self, name)) is not None:
                 check_bytes(name, value)
         self.call_options()
@@ -127,8 +128,10 @@ class Settings:
 
     def call_options(self) -> CallOptions:
         """Return those settings that a call may change for itself."""
-        dumps = _payload.get_dumps(self.serializer)
-        return CallOptions(timeout=self.timeout, queue_timeout=self.queue_timeout, retries=self.retries, dumps=dumps)
+        serializer = _payload.get_serializer(self.serializer)
+        return CallOptions(
+            timeout=self.timeout, queue_timeout=self.queue_timeout, retries=self.retries, serializer=serializer
+        )
 
 
 class Unset(enum.Enum):
@@ -155,7 +158,7 @@ class CallOptions:
     on_report: Callable[[Any], object] | None = field(default=None, repr=False)
     on_start: Callable[[], object] | None = field(default=None, repr=False)
     background: bool = False
-    dumps: Callable[[object], bytes] = field(default=_payload.dumps, repr=False)
+    serializer: _payload.Serializer = field(default=_payload.BY_NAME, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout"):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from ._fork_server import ForkServer
+    from ._parcels import Parcel, Shipment
     from ._process import WorkerProcess
     from ._settings import Settings
 
@@ -41,6 +42,8 @@ class WorkerStarter:
         self._numbers = itertools.count(1)
         self._server_environment: dict[str, str] = {}
         self.server: ForkServer | None = None
+        self._packed: Parcel | None = None
+        self._shipment: Shipment | None = None
 
     def prepare(self) -> None:
         """Load what it needs; from then on `server` says whether there is to be one."""
@@ -79,6 +82,26 @@ class WorkerStarter:
         with _main_module_with_file():
             return WorkerProcess(self._context, name, self._changes(), duties)  # type: ignore[arg-type]
 
+    def ship_duties(self, packed: bytes | Parcel) -> tuple[bytes, Shipment | None]:
+        """Return the frame that brings a new worker its duties.
+
+        What is large among `initargs` is written once, into a file that all workers map.
+        """
+        from ._files import open_memory_file
+        from ._frames import Kind, encode_frame
+
+        if isinstance(packed, bytes):
+            return encode_frame(Kind.SETUP, 0, packed), None
+        if self._packed is None or not packed.is_like(self._packed):
+            self._packed, self._shipment = packed, None
+            file = open_memory_file() if packed.large_size else None
+            if file is not None:
+                with contextlib.suppress(OSError):  # no room for it
+                    self._shipment = packed.write_to(file)
+        shipment = self._shipment or packed.ship(None)  # through the socket, each time
+        frame = encode_frame(Kind.SETUP, 0, shipment.head, files=len(shipment.descriptors), tail=shipment.tail_size)
+        return frame, shipment
+
     def _environment(self) -> dict[str, str]:
         """Return a worker's environment: the program's, and each numerical library's share of the CPUs."""
         from ._settling import OPENMP, THREAD_LIMIT_VARIABLES
@@ -102,7 +125,8 @@ class WorkerStarter:
         return changes | dict.fromkeys(before.keys() - after.keys())
 
     def close(self) -> None:
-        """Stop the server, if there is one."""
+        """Stop the server, if there is one, and free what was large among `initargs`."""
+        self._packed = self._shipment = None
         if self.server is not None:
             self.server.stop()
 

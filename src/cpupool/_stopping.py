@@ -184,6 +184,7 @@ class Stopping:
             return
         if worker.is_too_large:
             self._dispatcher.replace(worker)
+        worker.forget_ended_shares()
         worker.state = State.READY
         worker.deadline = math.inf
         self._dispatcher.add_ready(worker)

@@ -27,7 +27,7 @@ from ._births import BREAKER_THRESHOLD, Births
 from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed
-from ._lease import Verdict
+from ._lease import Lease, Verdict
 from ._memory import SAMPLING_INTERVAL, MemoryGuard, OomWitness
 from ._stopping import Stopping
 from ._worker import State, Worker
@@ -35,7 +35,6 @@ from ._worker import State, Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._lease import Lease
     from ._settings import Settings
     from ._starting import WorkerStarter
     from ._waiting import Ticket
@@ -65,7 +64,11 @@ class Supervisor:
         self._crew = Crew()
         self.notify, self.look_by = self._crew.wake, self._crew.look_by
         self.dispatcher: Dispatcher[Worker] = Dispatcher(
-            starter.max_workers, settings.name, self.notify, max_pending=settings.max_pending
+            starter.max_workers,
+            settings.name,
+            self.notify,
+            max_pending=settings.max_pending,
+            max_inflight_bytes=settings.max_inflight_bytes,
         )
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
@@ -168,6 +171,8 @@ class Supervisor:
         elif not worker.tasks_left or not self.dispatcher.give_back(lease):
             self.dispatcher.take_over(lease)
             self._send_home(worker)  # its last task is done, or its successor there
+        elif worker.ended_shares:
+            self.tell_of_ended_shares(worker)
 
     def bury(self, lease: Lease[Worker], heir: Ticket | None) -> None:
         """Take over a worker that its call has lost, and tell `heir` how it ended; without an heir, kill it."""
@@ -192,6 +197,22 @@ class Supervisor:
             heir.settle(
                 error=PoolBroken("this call was made by the parent of this forked process, and is the parent's")
             )
+
+    def end_share(self, number: int) -> None:
+        """Have all workers forget a share that has ended."""
+        for worker in list(self._crew.workers):
+            if number in worker.shares:
+                worker.ended_shares.append(number)
+                self.tell_of_ended_shares(worker)
+
+    def tell_of_ended_shares(self, worker: Worker) -> None:
+        """Tell a worker if it is idle; otherwise who gives it back has this called again."""
+        lease: Lease[Worker] = Lease(0)
+        if self.dispatcher.borrow(worker, lease):
+            worker.forget_ended_shares()
+            if not self.dispatcher.return_borrowed(lease):
+                self.dispatcher.take_over(lease)
+                self._send_home(worker)  # its successor is there
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
@@ -333,6 +354,7 @@ class Supervisor:
         heir, worker.heir = worker.heir, None
         if heir is not None:
             heir.settle(worker.death())
+        worker.drop_unsent()
         worker.process.close()
 
     # --- the end ---

@@ -28,17 +28,13 @@ SIGNAL_LATENCY = 0.5
 
 
 class ChannelWaits(Protocol):
-    """How a task or a thread waits for a worker's channel."""
+    """How a task or a thread waits for a worker's channel, and for another thread."""
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
         """Wait until it can be read, or for so many seconds."""
         ...
 
     async def writable(self, channel: socket.socket) -> None: ...
-
-
-class Waits(ChannelWaits, Protocol):
-    """The ways in which a call waits."""
 
     def ticket(self) -> Ticket:
         """Make a ticket that this task or thread is going to wait for."""
@@ -47,6 +43,10 @@ class Waits(ChannelWaits, Protocol):
     def settled(self, ticket: Ticket) -> Awaitable[object]:
         """Wait until it is settled."""
         ...
+
+
+class Waits(ChannelWaits, Protocol):
+    """The ways in which a call waits."""
 
     def shielded(self) -> AbstractContextManager[object]:
         """Within it, the scopes around the task do not cancel a wait."""

@@ -18,13 +18,21 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ._files import ANCILLARY_FLAGS, ANSWER_ANCILLARY_SIZE, disclose, enclose
 from ._frames import FrameDecoder, Kind, ProtocolError, encode_frame
+from ._journal import find_record
+from ._large import receive
+from ._parcels import find_stream
 from ._status import CRASH_HEADING, UNKNOWN_STATUS
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+    from ._files import Descriptor, Stream
     from ._frames import Frame
+    from ._parcels import Shipment
     from ._process import WorkerProcess
     from ._waiting import ChannelWaits, Ticket
 
@@ -96,8 +104,12 @@ class Lane(Protocol):
         """Do what can be done while the batch runs: it is sent."""
         ...
 
-    def take(self, body: memoryview | bytes) -> int:
+    def take(self, body: memoryview | bytes, received: Sequence[Any] = ()) -> int:
         """Take some results, packed: from partial answers, from the answer, and, if nothing comes, from the journal.
+
+        Args:
+            body: the results.
+            received: what of the one that is large came through a stream.
 
         Returns:
             How many of the items are done.
@@ -123,23 +135,34 @@ class Worker:
         heir: settled with its `Death` for the call that lost it.
         tasks_left: how many it may still be given.
         max_memory: the bytes it may hold after a task and go on, or None.
-        in_call: True from the moment a call is sent until its answer is here.
+        in_call: True from the moment a call is sent until its answer is here, but for what is large of it.
         unsent: what is still to be sent of that call, or None.
+        shares: the numbers of the shared files that it was sent.
+        known_shares: those of them that it has used.
+        ended_shares: those of them that have ended, which it has yet to be told.
     """
 
     __slots__ = (
         "_decoder",
+        "_has_shipment",
+        "_incoming",
         "_received",
         "_sent",
         "_state",
+        "_streams",
+        "_tail",
+        "_unsent_files",
         "born",
         "deadline",
+        "ended_shares",
         "excess",
         "heir",
         "in_call",
+        "known_shares",
         "max_memory",
         "oom",
         "process",
+        "shares",
         "tasks_left",
         "unsent",
         "was_killed",
@@ -159,10 +182,18 @@ class Worker:
         self.max_memory = max_memory
         self.in_call = False
         self.unsent: memoryview | None = None
+        self.shares: set[int] = set()
+        self.known_shares: set[int] = set()
+        self.ended_shares: list[int] = []
+        self._tail: list[memoryview] = []  # what is to be sent after that, the last first
+        self._unsent_files: Sequence[Descriptor] = ()  # they go along with its first byte
+        self._has_shipment = False  # True while any of these have anything in them
+        self._streams: Sequence[Descriptor] = ()  # those of them that are closed here once they have gone
+        self._incoming: Stream | None = None  # what is large of an answer
         self._state = State.STARTING
         self._decoder = FrameDecoder()
         self._sent: list[int] = []  # how many bytes of `unsent` were sent, until that is noted there
-        self._received: list[bytes] = []  # what was received, until it is fed to the decoder
+        self._received: list[Any] = []  # what was received, until it is fed to the decoder
 
     def __repr__(self) -> str:
         return f"<Worker {self.process.pid} {self._state.value}>"
@@ -182,7 +213,25 @@ class Worker:
         """True if it held more memory after its last task than it may, to go on."""
         return self.max_memory is not None and self.process.resident() > self.max_memory
 
-    async def exchange(self, task_id: int, call: bytes, waits: ChannelWaits) -> Frame:
+    def post(self, frame: bytes, shipment: Shipment | None = None, *, is_call: bool = True) -> None:
+        """Note what is to be sent: a frame, and what belongs to it; `send_rest` sends it."""
+        unsent = memoryview(frame)
+        tail: list[memoryview] = []
+        files: Sequence[Descriptor] = ()
+        if shipment is not None:
+            tail += [memoryview(each) for each in reversed(shipment.tail) if len(each)]
+            files = shipment.descriptors
+        # From here on nothing is called until all is noted: no signal handler can raise in between.
+        self._tail, self._unsent_files, self.unsent, self.in_call = tail, files, unsent, is_call
+        self._has_shipment = shipment is not None
+        if shipment is not None:
+            self._streams = shipment.streams
+            for shared in shipment.shares:
+                self.shares.add(shared.number)
+                if shared.is_ended:  # while the call waited
+                    self.ended_shares.append(shared.number)
+
+    def exchange(self, task_id: int, call: bytes, waits: ChannelWaits) -> Coroutine[Any, Any, Frame]:
         """Send a call, a whole frame, and wait for its answer.
 
         Raises:
@@ -190,10 +239,26 @@ class Worker:
 
         Cancellation: the worker is left in the middle of a call; it has to be handed to the supervisor.
         """
-        channel = self.process.channel
         self.tasks_left -= 1
         self.unsent = memoryview(call)
         self.in_call = True
+        return self._converse(task_id, waits)
+
+    async def exchange_large(self, task_id: int, call: bytes, waits: ChannelWaits, shipment: Shipment) -> Frame:
+        """Do as `exchange` with a call to which more belongs than its frame."""
+        self.tasks_left -= 1
+        self.post(call, shipment)
+        try:
+            reply = await self._converse(task_id, waits)
+        finally:
+            _end_sendings(shipment)
+        if reply.kind is Kind.RESULT:
+            self.known_shares.update(shared.number for shared in shipment.shares)
+        return reply
+
+    async def _converse(self, task_id: int, waits: ChannelWaits) -> Frame:
+        """Send what is unsent, and wait for the answer."""
+        channel = self.process.channel
         try:
             while not self.send_rest():
                 await waits.writable(channel)
@@ -205,7 +270,23 @@ class Worker:
         if reply.task_id != task_id:
             raise WorkerGone
         self.in_call = False
+        if reply.files:
+            await self._receive_large(reply, reply.body, waits)
         return reply
+
+    async def _receive_large(self, frame: Frame, parcel: memoryview, waits: ChannelWaits) -> None:
+        """Receive what of an answer comes through a stream."""
+        stream = find_stream(parcel, frame.files)
+        if stream is None:
+            return
+        self._incoming = stream
+        try:
+            frame.received = await receive(parcel, stream, waits)  # type: ignore[misc]  # it is a LargeFrame
+        except (EOFError, ConnectionError) as error:
+            raise WorkerGone from error
+        finally:
+            self._incoming = None
+            stream.end()  # a thread may still be reading
 
     async def exchange_batch(
         self,
@@ -214,8 +295,9 @@ class Worker:
         size: int,
         waits: ChannelWaits,
         lane: Lane,
+        shipment: Shipment | None = None,
     ) -> Frame:
-        """Send a batch, a whole frame, and wait for its answer.
+        """Send a batch, a whole frame with what belongs to it, and wait for its answer.
 
         Args:
             task_id: as for `exchange`.
@@ -223,6 +305,7 @@ class Worker:
             size: how many items it has.
             waits: as for `exchange`.
             lane: who has sent it.
+            shipment: what belongs to the frame, if it is large.
 
         Raises:
             WorkerGone: the connection ended first.
@@ -231,8 +314,7 @@ class Worker:
         """
         channel = self.process.channel
         self.tasks_left -= size
-        self.unsent = memoryview(batch)
-        self.in_call = True
+        self.post(batch, shipment)
         try:
             while not self.send_rest():
                 await waits.writable(channel)
@@ -243,7 +325,9 @@ class Worker:
                 await waits.readable(channel, patience)
                 frame = self.next_frame()
                 while frame is not None and frame.kind is Kind.PARTIAL:
-                    done = lane.take(frame.body)
+                    if frame.files:
+                        await self._receive_large(frame, find_record(frame.body), waits)
+                    done = lane.take(frame.body, frame.received)
                     patience = lane.first_look
                     frame = self.next_frame()
                 if frame is not None:
@@ -259,9 +343,14 @@ class Worker:
                     patience = min(2 * patience, LONGEST_LOOK)
         except (ConnectionError, ProtocolError) as error:
             raise WorkerGone from error
+        finally:
+            if shipment is not None:
+                _end_sendings(shipment)
         if frame.task_id != task_id:
             raise WorkerGone
         if frame.kind is Kind.RESULT:
+            if shipment is not None:
+                self.known_shares.update(shared.number for shared in shipment.shares)
             done = lane.take(frame.body)
         elif frame.kind is Kind.INTERRUPTED:
             done = min(done + 1, size)
@@ -279,19 +368,36 @@ class Worker:
         Raises:
             ConnectionError: the connection has ended.
         """
-        sent, unsent = self._sent, self.unsent
-        if unsent is None:
-            return True
-        if not sent:
-            try:
-                sent.extend(map(self.process.channel.send, (unsent,), (_NO_SIGNAL,)))
-            except BlockingIOError:
+        sent = self._sent
+        while (unsent := self.unsent) is not None:
+            if not sent:
+                try:
+                    if self._unsent_files:
+                        ancillary = enclose(self._unsent_files)
+                        sent.extend(map(self.process.channel.sendmsg, ((unsent,),), (ancillary,), (_NO_SIGNAL,)))
+                    else:
+                        sent.extend(map(self.process.channel.send, (unsent,), (_NO_SIGNAL,)))
+                except BlockingIOError:
+                    return False
+            rest: memoryview | None = unsent[sent[0] :]
+            if rest:
+                self.unsent = rest
+                self._unsent_files = ()
+                del sent[0]
                 return False
-        rest = unsent[sent[0] :]
-        is_all = not rest
-        self.unsent = None if is_all else rest
-        del sent[0]
-        return is_all
+            if self._has_shipment:
+                for stream in self._streams:
+                    stream.close()  # or nobody would notice that the worker has closed it
+                self._unsent_files = ()
+                if self._tail:
+                    self.unsent = self._tail[-1]
+                    del self._tail[-1]
+                    del sent[0]
+                    continue
+                self._has_shipment = False
+            self.unsent = None
+            del sent[0]
+        return True
 
     def receive(self) -> Frame | None:
         """Take what has arrived; return the frame it completes, if it does.
@@ -303,19 +409,43 @@ class Worker:
         decoder, received = self._decoder, self._received
         size = _RECEIVE_SIZE if decoder.missing <= _RECEIVE_SIZE else min(decoder.missing, _MAX_RECEIVE_SIZE)
         try:
-            received.extend(map(self.process.channel.recv, (size,)))
+            received.extend(map(self.process.channel.recvmsg, (size,), (ANSWER_ANCILLARY_SIZE,), (ANCILLARY_FLAGS,)))
         except BlockingIOError:
             pass  # there may be something that was received before
         while received:
-            if not received[0]:
+            data, ancillary, _, _ = received[0]
+            if not data:
                 raise WorkerGone
-            decoder.feed(received[0])
+            decoder.feed(data, disclose(ancillary) if ancillary else ())
             del received[0]
         return decoder.next_frame()
+
+    def drop_unsent(self) -> None:
+        """Send no more: it has ended.  Who sends large values to it, through the other end of a stream, is told so."""
+        self.unsent = None
+        self._tail = []
+        self._unsent_files = ()
+        for stream in self._streams:
+            stream.close()
 
     def drop_answer(self) -> None:
         """Throw away what has arrived of an incomplete answer, which nobody wants."""
         self._decoder.drop_body()
+
+    def forget_ended_shares(self) -> None:
+        """Tell an idle worker which shares have ended."""
+        while self.ended_shares:
+            number = self.ended_shares[-1]
+            if number in self.shares:
+                try:
+                    self.process.channel.send(encode_frame(Kind.FORGET, 0, number.to_bytes(8, "little")), _NO_SIGNAL)
+                except BlockingIOError:
+                    return  # later
+                except OSError:
+                    pass  # it has gone
+                self.shares.discard(number)
+                self.known_shares.discard(number)
+            self.ended_shares.remove(number)
 
     def say_bye(self) -> None:
         """Ask an idle worker to exit."""
@@ -326,6 +456,8 @@ class Worker:
 
     def hang_up(self) -> None:
         """End the connection for a call that may be waiting on it, though something still holds the other end."""
+        if (stream := self._incoming) is not None:
+            stream.end()
         try:
             self.process.channel.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -359,3 +491,8 @@ class Worker:
             has_begun=self.process.items_done(self.process.last_task_id()) is not None,
             journal=self.process.read_journal(self.process.last_task_id()),
         )
+
+
+def _end_sendings(shipment: Shipment) -> None:
+    for sending in shipment.sendings:
+        sending.end()  # the call is over: what its worker has not read, it does not want
