@@ -93,14 +93,25 @@ def test_a_chunksize_is_taken_at_its_word() -> None:
 def test_the_room_of_a_stream_follows_from_the_bytes_of_its_items() -> None:
     pace = Pace(2, None, None)
     assert pace.room == 64
-    pace.note_bytes(10, 10 * 2**20)
+    pace.note_results(10, 10 * 2**20)
     assert pace.room == 32
-    pace.note_bytes(1, 2**30)
+    pace.note_results(1, 2**30)
     assert pace.room == 4
     for _ in range(40):
-        pace.note_bytes(1000, 1000)
+        pace.note_results(1000, 1000)
     assert pace.room == 64
     assert Pace(2, 100, None).room == 800
     huge = Pace(2, 100, None)
-    huge.note_bytes(1, 2**30)
+    huge.note_results(1, 2**30)
     assert huge.room == 100, "or a chunk would never have room"
+
+
+def test_small_items_tell_nothing_of_the_size_of_their_results() -> None:
+    """Many batches may be prepared between two results."""
+    pace = Pace(2, None, None)
+    pace.note_results(1, 2**22)
+    for _ in range(10):
+        pace.note_pickled(1, 20, 1e-5)
+    assert pace.room == 8
+    pace.note_pickled(1, 2**23, 1e-5)
+    assert pace.room == 4

@@ -477,7 +477,7 @@ class Flow:
             first = batch.first + batch.done
             make = functools.partial(rebuild, first, results, known, self._fn, self._options)
             self._output[first] = _Arrived(make, is_light=results.are_numbers or results.are_light)
-            self._pace.note_bytes(results.count, results.nbytes)
+            self._pace.note_results(results.count, results.nbytes)
             if results.first_error is not None and self._stops_at_error:
                 self._note_failure(batch.first + results.first + results.first_error)
             batch.done = results.first + results.count

@@ -32,6 +32,7 @@ class Pace:
         self._most_pickled = math.inf
         self._buffersize = buffersize
         self._item_bytes = 1.0
+        self._result_bytes = 1.0
 
     @property
     def budget(self) -> float:
@@ -58,11 +59,11 @@ class Pace:
     def note_pickled(self, items: int, size: int, seconds: float) -> None:
         """Note how many bytes some items became, and how long that took."""
         self._most_pickled = items * min(_MOST_BYTES / size, _LONGEST_PICKLING / max(seconds, 1e-9))
-        self.note_bytes(items, size)
-
-    def note_bytes(self, items: int, size: int) -> None:
-        """Note how many bytes some items, or their results, take on their way."""
         self._item_bytes = max(size / items, self._item_bytes / 2)
+
+    def note_results(self, results: int, size: int) -> None:
+        """Note how many bytes some results are."""
+        self._result_bytes = max(size / results, self._result_bytes / 2)
 
     @property
     def room(self) -> int:
@@ -70,4 +71,5 @@ class Pace:
         if self._buffersize is not None:
             return self._buffersize
         wanted = max(4 * self.lanes * self.choose_size(None), _LEAST_ROOM)
-        return int(max(min(wanted, _MOST_BUFFERED / self._item_bytes), 2 * self.lanes, self._chunksize or 0))
+        fitting = _MOST_BUFFERED / max(self._item_bytes, self._result_bytes)
+        return int(max(min(wanted, fitting), 2 * self.lanes, self._chunksize or 0))
