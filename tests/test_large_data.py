@@ -969,11 +969,11 @@ def test_a_program_that_ends_with_large_calls_under_way(run_script: RunScript) -
 import asyncio, cpupool, large, numpy
 
 async def main():
-    pool = cpupool.CpuPool(2)
     calls = [asyncio.create_task(pool.run(large.echo, large.make_dicts(100_000))) for _ in range(4)]
     await asyncio.sleep(0.1)
 
 if __name__ == "__main__":
+    pool = cpupool.CpuPool(2)
     asyncio.run(main())
     print("end")
 """)
