@@ -305,3 +305,15 @@ def fail_at_one(item: int) -> int:
     if item == 1:
         raise ValueError(item)
     return item
+
+
+def return_or_raise(item: object) -> object:
+    if isinstance(item, BaseException):
+        raise item
+    return item
+
+
+def sleep_or_die(seconds: float) -> None:
+    if seconds < 0:
+        os._exit(1)
+    time.sleep(seconds)

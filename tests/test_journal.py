@@ -190,7 +190,7 @@ def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[
     """Run a batch; return the kinds of frames and all results, by their numbers."""
     frames: list[bytes] = []
     body = encode_batch(5, head, b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
-    batch = Frame(Kind.BATCH, 5, memoryview(body))
+    batch = Frame(Kind.BATCH, 5, 0.0, memoryview(body))
     interrupts = Interrupts(both.journal.page, -1)
 
     class Channel(socket.socket):

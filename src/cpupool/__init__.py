@@ -4,12 +4,13 @@ Public names are loaded when they are first used, so that importing the package 
 the bottom up; imports point only downward:
 
     0  _frames _payload _parcels _files _shared _errors _current _roles _waiting _apart _large _forking _checks
-       _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources
+       _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources _statistics _usage
                           the wire, pickling, large values, streams and files of memory, what is shared, exceptions, the
                           running task, roles of a process, waiting, work apart from the event loop, large values seen
                           from there, forks, checks of arguments, settings, those from the environment, cutting, limits,
                           the page that pool and worker share, results that are not sent yet, progress, how a process
-                          becomes a worker, sizes of batches, where their items come from
+                          becomes a worker, sizes of batches, where their items come from, what is counted, what
+                          a process uses
     1  _interrupts _replies _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; large values in a worker; what runs there, and in a fork server;
                           waiting in a task
@@ -18,7 +19,7 @@ the bottom up; imports point only downward:
                           their way; who gets which
     3  _worker _starting _outcomes
                           one worker seen from the pool; starting one as the settings say; what becomes of a task
-    4  _crew               the workers of a pool, and sleeping until one needs attention
+    4  _crew _inspection   the workers of a pool, and sleeping until one needs attention; what one does
     5  _serving _births _stopping _memory
                           keeping the fork server; how workers become ready; how tasks are stopped; memory that they
                           must not hold
@@ -82,6 +83,9 @@ if TYPE_CHECKING:
     from ._sizing import suggest_workers as suggest_workers
     from ._sizing import usable_cpus as usable_cpus
     from ._sizing import usable_memory as usable_memory
+    from ._statistics import Histogram as Histogram
+    from ._statistics import Statistics as Statistics
+    from ._statistics import WorkerStatistics as WorkerStatistics
     from ._stream import Stream as Stream
     from .executor import PoolExecutor as PoolExecutor
 
@@ -91,6 +95,7 @@ _HOMES = {
     "CpuPool": "_pool",
     "CpuPoolError": "_errors",
     "CpuPoolView": "_calls",
+    "Histogram": "_statistics",
     "InitializerFailed": "_errors",
     "PoolBroken": "_errors",
     "PoolClosed": "_errors",
@@ -106,12 +111,14 @@ _HOMES = {
     "Settings": "_settings",
     "Share": "_share",
     "Shared": "_shared",
+    "Statistics": "_statistics",
     "Stream": "_stream",
     "Task": "_current",
     "TaskInterrupted": "_errors",
     "TaskNotPicklable": "_errors",
     "TaskTimeout": "_errors",
     "WorkerDied": "_errors",
+    "WorkerStatistics": "_statistics",
     "chunked": "_chunks",
     "configure_default": "_default",
     "current_task": "_current",

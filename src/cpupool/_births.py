@@ -141,6 +141,7 @@ class Births:
         self._witness.look()
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
+        self._dispatcher.tally.count("workers_started")
         if process.packed_duties is not None:
             worker.post(*self._starter.ship_duties(process.packed_duties), is_call=False)
         self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)

@@ -35,10 +35,11 @@ from ._outcomes import (
 from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge
 from ._reports import ReportingWaits
 from ._settings import encode_label
+from ._statistics import outcome_of
 from ._worker import Death, WorkerGone
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from ._frames import Frame
     from ._parcels import Parcel
@@ -63,7 +64,7 @@ class Errand(Protocol):
 class Call:
     """A function and its arguments: checked and pickled once, however often it is tried."""
 
-    __slots__ = ("_arguments", "_attempt", "_fn", "_label", "_options", "_packed")
+    __slots__ = ("_arguments", "_attempt", "_fn", "_label", "_options", "_packed", "_packing")
 
     def __init__(
         self,
@@ -83,10 +84,12 @@ class Call:
         self._arguments: tuple[tuple[object, ...], dict[str, object]] | None = None
         self._packed: bytes | Parcel = b""
         most = math.inf if is_copy else MOST_ON_LOOP
+        began = time.monotonic()
         try:
             self._packed = _payload.pack_call(fn, args, kwargs, options.serializer, most=most, is_copy=is_copy)
         except TooLarge:
             self._arguments = args, kwargs  # it is pickled apart from the event loop
+        self._packing = time.monotonic() - began  # seconds
 
     @property
     def _size(self) -> int | None:
@@ -102,16 +105,27 @@ class Call:
             serializer = self._options.serializer
             return _payload.pack_call(self._fn, args, kwargs, serializer, pause=pause_while(is_wanted))
 
+        began = time.monotonic()
         self._packed = await run_apart(pack, waits)
+        self._packing += time.monotonic() - began
         self._arguments = None
 
-    def complete(self, supervisor: Supervisor, waits: Waits) -> Coroutine[Any, Any, Any]:
-        """Have a worker run it, and return its value or raise its error."""
+    async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
+        """Have a worker run it, and return its value or raise its error; it counts in the pool's statistics."""
+        tally = supervisor.tally
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=self._options.background)
-        if supervisor.dispatcher.has_gate:
-            run = functools.partial(self._complete, lease, supervisor, waits)
-            return pass_gate(lease, self._size, run, self._fn, self._options, supervisor, waits)
-        return self._complete(lease, supervisor, waits)
+        tally.count("submitted")
+        try:
+            if supervisor.dispatcher.has_gate:
+                run = functools.partial(self._complete, lease, supervisor, waits)
+                return await pass_gate(lease, self._size, run, self._fn, self._options, supervisor, waits)
+            return await self._complete(lease, supervisor, waits)
+        except Exception as error:
+            tally.count(outcome_of(error, has_run=lease.started > 0))
+            raise
+        except BaseException:
+            tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
+            raise
 
     async def _complete(self, lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Any:
         if self._arguments is not None:
@@ -124,10 +138,14 @@ class Call:
             if not isinstance(outcome, Death):
                 if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
                     raise self._make_error(outcome, lease, supervisor)
-                body = outcome.body
+                body, seconds = outcome.body, outcome.seconds
                 if (len(body) <= MOST_ON_LOOP and body[0] == PICKLE) or is_light(body):
-                    return load_value(body, self._fn, self._options, outcome.received)
-                return await self._unload(outcome, waits)
+                    value = load_value(body, self._fn, self._options, outcome.received)
+                else:
+                    value = await self._unload(outcome, waits)
+                overhead = self._packing + time.monotonic() - lease.started - seconds
+                supervisor.tally.succeed(lease.queued, seconds, overhead)
+                return value
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
             is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
             if is_stopped or (has_run and self._attempt > self._options.retries):
@@ -137,6 +155,7 @@ class Call:
                     raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
                 raise make_death_error(outcome, self._fn, self._options)
             self._attempt += has_run
+            supervisor.tally.count("retried")
             lease.begin(supervisor.next_task_id())
 
     def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
@@ -161,6 +180,8 @@ class Call:
         """Make the error in an answer."""
         if isinstance(outcome, Interruption):
             return make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
+        overhead = self._packing + time.monotonic() - lease.started - outcome.seconds
+        supervisor.tally.note_times(lease.queued, outcome.seconds, overhead)
         return decode_error(outcome.body, name_task(self._fn, self._options))
 
     async def _unload(self, answer: Frame, waits: Waits) -> Any:
@@ -195,6 +216,7 @@ async def run_attempt(
         QueueTimeout, PoolFull, PoolClosed, InitializerFailed, PoolBroken: there is no worker for it.
     """
     dispatcher = supervisor.dispatcher
+    lease.fn, lease.options = fn, options
     try:
         if not dispatcher.borrow_idle(lease):
             await _wait_for_worker(lease, fn, options, supervisor, waits)

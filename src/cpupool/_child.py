@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import os
 import sys
+import time
 from functools import partial
 
 from . import _payload, _roles, _settling
@@ -265,6 +266,7 @@ def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shar
     task_id, files = frame.task_id, frame.files
     stage = STAGE_ARGUMENTS
     result: object = None
+    began = seconds = 0.0
     attempt, label, call = split_call(frame.body)
     arrival = Arrival(call, files, shares) if files else None
     try:
@@ -273,7 +275,9 @@ def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shar
             set_current_task(Task(task_id, label.decode() if label else None, attempt))
             fn, args, kwargs = unpack(call, shares=shares) if arrival is None else arrival.unpack()
             stage = STAGE_TASK
+            began = time.perf_counter()
             result = fn(*args, **kwargs)
+            seconds = time.perf_counter() - began
             stage = STAGE_RESULT
             packed = _payload.pack_result(result, serializer)
         finally:
@@ -285,13 +289,15 @@ def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shar
             return encode_frame(Kind.INTERRUPTED, task_id)
         kind = Kind.INTERRUPTED if interrupts.hit else Kind.ERROR
         if stage is STAGE_RESULT:
-            return encode_frame(kind, task_id, encode_unpicklable(error, result))
-        if stage is STAGE_TASK and error.__traceback__ is not None:
-            error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
-        return encode_frame(kind, task_id, encode_error(error, stage, dumps=serializer.dumps))
+            return encode_frame(kind, task_id, encode_unpicklable(error, result), seconds=seconds)
+        if stage is STAGE_TASK:
+            seconds = time.perf_counter() - began
+            if error.__traceback__ is not None:
+                error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
+        return encode_frame(kind, task_id, encode_error(error, stage, dumps=serializer.dumps), seconds=seconds)
     if isinstance(packed, bytes):
-        return encode_frame(Kind.RESULT, task_id, packed)
-    return Reply.of_parcel(packed, partial(encode_frame, Kind.RESULT, task_id))
+        return encode_frame(Kind.RESULT, task_id, packed, seconds=seconds)
+    return Reply.of_parcel(packed, partial(encode_frame, Kind.RESULT, task_id, seconds=seconds))
 
 
 _flush_libc: Callable[[None], object] | None = None

@@ -26,10 +26,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ._errors import PoolClosed, PoolFull
 from ._gate import Gate
+from ._statistics import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +45,22 @@ _GUESSED_RUN = 0.1  # seconds, before anything was measured: about what the star
 _SMOOTHING = 0.1  # weight of the newest run time in the average
 
 
+class Snapshot(NamedTuple, Generic[W]):
+    """A dispatcher at one moment.
+
+    Attributes:
+        idle: the workers that nobody holds.
+        lent: those that calls hold, and their leases; None for one that will be killed.
+        waiting: how many calls wait.
+        counted: what its tally has read.
+    """
+
+    idle: set[W]
+    lent: dict[W, Lease[W] | None]
+    waiting: int
+    counted: dict[str, Any]
+
+
 class Dispatcher(Generic[W]):
     """Lends workers to calls.
 
@@ -53,6 +70,7 @@ class Dispatcher(Generic[W]):
         has_gate: True if the bytes of calls are counted: then each has to `enter`, and to `leave`.
         closed: True once no new call is taken.
         has_withdrawn: set, without the lock, when a waiting call has withdrawn its ticket.
+        tally: counts what becomes of the calls.
     """
 
     def __init__(
@@ -74,6 +92,7 @@ class Dispatcher(Generic[W]):
         self.closed = False
         self.has_withdrawn = False
         self._lock = threading.Lock()
+        self.tally = Tally(self._lock)
         self._expected: set[W] = set()
         self._idle: list[W] = []  # the last to come back is the next to go: its caches are warm
         self._idle_since: dict[W, float] = {}
@@ -627,6 +646,12 @@ class Dispatcher(Generic[W]):
         with self._lock:
             waiting = sum(lease.is_waiting for lease in self._all_waiting())
             return len(self._expected), len(self._idle), len(self._lent), waiting
+
+    def snapshot(self) -> Snapshot[W]:
+        """Return where all workers are, how many calls wait, and what was counted, all of the same moment."""
+        with self._lock:
+            waiting = sum(lease.is_waiting for lease in self._all_waiting())
+            return Snapshot(set(self._idle), dict(self._lent), waiting, self.tally.read())
 
     def _all_waiting(self) -> Iterator[Lease[W]]:
         at_gate = () if self._gate is None else self._gate.queue

@@ -1,8 +1,8 @@
 """The wire: length-prefixed frames between a pool and one worker.
 
-A frame is a header (kind, number of descriptors that came with its first byte, task id, length of the body) and the
-body's bytes.  This module does no I/O: `encode_frame` makes the bytes to send, `FrameDecoder` takes bytes as they
-arrive, in pieces of any size, and gives back whole frames.
+A frame is a header (kind, number of descriptors that came with its first byte, task id, length of the body, and for the
+answer to a CALL how long the function ran) and the body's bytes.  This module does no I/O: `encode_frame` makes the
+bytes to send, `FrameDecoder` takes bytes as they arrive, in pieces of any size, and gives back whole frames.
 It runs in the workers too, so it imports nothing that is not already there.
 """
 
@@ -33,13 +33,14 @@ class Kind(enum.IntEnum):
     FORGET = 10  # pool → worker: a share has ended; its number, not answered
 
 
-# One byte of kind, one of descriptors, eight of task id, eight of body length; little-endian, no padding.
-_HEADER = struct.Struct("<BBQQ")
+# One byte of kind, one of descriptors, eight of task id, eight of body length, eight of seconds; little-endian, no
+# padding.
+_HEADER = struct.Struct("<BBQQd")
 HEADER_SIZE = _HEADER.size
 # A CALL's body begins with four bytes of attempt and four of label length.
 _CALL = struct.Struct("<II")
 _CALL_SIZE = _CALL.size
-_CALL_HEADER = struct.Struct("<BBQQII")
+_CALL_HEADER = struct.Struct("<BBQQdII")
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -53,19 +54,21 @@ class Frame:
     Attributes:
         kind: what it means.
         task_id: the task it is about, 0 for none.
+        seconds: in the answer to a CALL, how long the function ran; else 0.
         body: its bytes.
         files: the descriptors that came with it; None for each that could not be received.
         received: what is large and came through a stream, once that is here.
     """
 
-    __slots__ = ("body", "kind", "task_id")
+    __slots__ = ("body", "kind", "seconds", "task_id")
 
     files: Sequence[Any] = ()
     received: Sequence[Any] = ()
 
-    def __init__(self, kind: Kind, task_id: int, body: memoryview) -> None:
+    def __init__(self, kind: Kind, task_id: int, seconds: float, body: memoryview) -> None:
         self.kind = kind
         self.task_id = task_id
+        self.seconds = seconds
         self.body = body
 
 
@@ -74,21 +77,23 @@ class LargeFrame(Frame):
 
     __slots__ = ("files", "received")  # only here, so that all others are spared them
 
-    def __init__(self, kind: Kind, task_id: int, body: memoryview, files: Sequence[Any]) -> None:
-        super().__init__(kind, task_id, body)
+    def __init__(self, kind: Kind, task_id: int, seconds: float, body: memoryview, files: Sequence[Any]) -> None:
+        super().__init__(kind, task_id, seconds, body)
         self.files = files
         self.received = ()
 
 
-def encode_frame(kind: Kind, task_id: int = 0, body: bytes = b"", *, files: int = 0, tail: int = 0) -> bytes:
+def encode_frame(
+    kind: Kind, task_id: int = 0, body: bytes = b"", *, files: int = 0, tail: int = 0, seconds: float = 0.0
+) -> bytes:
     """Return the bytes of one frame, but for the last `tail` of its body; with so many descriptors."""
-    return _HEADER.pack(kind, files, task_id, len(body) + tail) + body
+    return _HEADER.pack(kind, files, task_id, len(body) + tail, seconds) + body
 
 
 def encode_call(task_id: int, attempt: int, label: bytes, call: bytes, *, files: int = 0, tail: int = 0) -> bytes:
     """Return the bytes of a CALL frame: which attempt it is, the label, and the packed call; as `encode_frame`."""
     size = _CALL_SIZE + len(label) + len(call) + tail
-    return _CALL_HEADER.pack(Kind.CALL, files, task_id, size, attempt, len(label)) + label + call
+    return _CALL_HEADER.pack(Kind.CALL, files, task_id, size, 0.0, attempt, len(label)) + label + call
 
 
 def split_call(body: memoryview) -> tuple[int, bytes, memoryview]:
@@ -158,7 +163,7 @@ class FrameDecoder:
         self.missing = HEADER_SIZE
         self._files: list[Any] = []
         self._buffer: bytes | bytearray = b""
-        self._header: tuple[Kind, int, int, int] | None = None  # of the frame at the start of the buffer; and its end
+        self._header: tuple[Kind, int, int, int, float] | None = None  # of the frame at the buffer's start; and its end
 
     def feed(self, data: bytes, files: Sequence[Any] = ()) -> None:
         """Take bytes as they came from the socket, and the descriptors that came with them."""
@@ -179,9 +184,9 @@ class FrameDecoder:
     def drop_body(self) -> None:
         """Throw away what is here of the body of a frame that is not complete: it is not wanted."""
         if self._header is not None:
-            kind, files, task_id, end = self._header
+            kind, files, task_id, end, seconds = self._header
             kept = bytes(self._buffer[:HEADER_SIZE])
-            self._header = kind, files, task_id, end - (len(self._buffer) - len(kept))
+            self._header = kind, files, task_id, end - (len(self._buffer) - len(kept)), seconds
             self._buffer = kept
 
     def next_frame(self) -> Frame | None:
@@ -195,11 +200,11 @@ class FrameDecoder:
             if len(buffer) < HEADER_SIZE:
                 self.missing = HEADER_SIZE - len(buffer)
                 return None
-            number, files, task_id, length = _HEADER.unpack_from(buffer)
+            number, files, task_id, length, seconds = _HEADER.unpack_from(buffer)
             if number not in _KINDS:
                 raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
-            self._header = _KINDS[number], files, task_id, HEADER_SIZE + length
-        kind, files, task_id, end = self._header
+            self._header = _KINDS[number], files, task_id, HEADER_SIZE + length, seconds
+        kind, files, task_id, end, seconds = self._header
         if len(buffer) < end:
             self.missing = end - len(buffer)
             return None
@@ -207,10 +212,10 @@ class FrameDecoder:
         rest = b"" if len(buffer) == end else bytes(view[end:])
         if files:
             lost = [None] * (files - len(self._files))  # none was free to receive them
-            frame: Frame = LargeFrame(kind, task_id, view[HEADER_SIZE:end], self._files[:files] + lost)
+            frame: Frame = LargeFrame(kind, task_id, seconds, view[HEADER_SIZE:end], self._files[:files] + lost)
             del self._files[:files]
         else:
-            frame = Frame(kind, task_id, view[HEADER_SIZE:end])
+            frame = Frame(kind, task_id, seconds, view[HEADER_SIZE:end])
         # Now that nothing is called any more no signal handler can raise, and lose the frame that was taken out.
         self._header = None
         self._buffer = rest

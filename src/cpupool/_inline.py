@@ -6,6 +6,7 @@ Function, arguments, results and errors go through pickle all the same, so what 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -35,11 +36,13 @@ from ._pool import CpuPool
 from ._reports import dump_report
 from ._segments import Segment, make_failure
 from ._sources import FedSource, count_all, open_source
+from ._statistics import Statistics, Tally, outcome_of
 from ._waiting import BlockingWaits, running_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ._lease import Lease
     from ._map import FlowOptions
     from ._parcels import Parcel
     from ._settings import CallOptions, Settings
@@ -97,8 +100,13 @@ class InlineSupervisor:
         self.closed = False
         self.is_running = False
         self._settings = settings
-        self._tasks = 0
         self._close_at = float("inf")
+        self._tasks = 0
+        self._tally_lock = threading.Lock()
+        self.tally = Tally(self._tally_lock)
+        self.dispatcher = self  # it plays both parts
+        self.has_gate = False
+        self.next_task_id = itertools.count(1).__next__
         self._lock = threading.RLock()  # the initializer, the finalizer and tasks run one at a time
 
     @property
@@ -107,6 +115,12 @@ class InlineSupervisor:
 
     def counts(self) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
+
+    def statistics(self) -> Statistics:
+        """Return what was counted; there are no workers."""
+        with self._tally_lock:
+            counted: dict[str, Any] = self.tally.read()
+        return Statistics(self._settings.name, (), self.max_workers, idle=0, busy=0, starting=0, pending=0, **counted)
 
     @contextlib.contextmanager
     def task(self, label: str | None, item: int | None) -> Iterator[None]:
@@ -206,15 +220,17 @@ class InlineSupervisor:
 class InlineCall(Call):
     """A call that runs here and now."""
 
-    async def complete(self, supervisor: Any, waits: Waits) -> Any:
-        """Run it, and return its value or raise its error."""
+    _ran = 0.0  # seconds
+
+    async def _complete(self, lease: Lease[Any], supervisor: Any, waits: Waits) -> Any:
         if not isinstance(waits, BlockingWaits):
             await _pause()  # so that others have their turns, and a loop of calls can be cancelled
+        lease.started = time.monotonic()
         return self.run_here(supervisor)
 
     def run_here(self, supervisor: InlineSupervisor, item: int | None = None) -> Any:
         """Run it, and return its value or raise its error, both as they would arrive."""
-        options, dumps = self._options, self._options.serializer.dumps
+        options, dumps, began = self._options, self._options.serializer.dumps, time.monotonic()
         with supervisor.task(options.label, item):
             if options.on_start is not None:
                 options.on_start()
@@ -223,7 +239,9 @@ class InlineCall(Call):
                 packed = self._run_packed()
             finally:
                 set_reporter(None)
-        return load_value(packed if isinstance(packed, bytes) else packed.to_bytes(), self._fn, options)
+        value = load_value(packed if isinstance(packed, bytes) else packed.to_bytes(), self._fn, options)
+        supervisor.tally.succeed(0.0, self._ran, self._packing + time.monotonic() - began - self._ran)
+        return value
 
     def _pass_on(self, report: bytes) -> None:
         if self._options.on_report is not None:
@@ -236,8 +254,9 @@ class InlineCall(Call):
         try:
             packed = self._packed
             fn, args, kwargs = _payload.loads(packed) if isinstance(packed, bytes) else packed.rebuild()
-            stage = STAGE_TASK
+            stage, began = STAGE_TASK, time.monotonic()
             result = fn(*args, **kwargs)
+            self._ran = time.monotonic() - began
         except BaseException as error:
             if is_for_the_program(error):
                 raise
@@ -343,13 +362,17 @@ class InlineFlow:
                 raise self.fail(self._source.error)
             return None
         number, self._number = self._number, self._number + 1
+        tally = self._supervisor.tally
+        tally.count("submitted")
         try:
             arguments = tuple(column[0] for column in columns)
             call = InlineCall(self._fn, arguments, {}, self._options, is_copy=True)
             return Segment(number, [call.run_here(self._supervisor, number)], [])
         except PoolClosed:
+            tally.count("refused")
             raise
         except Exception as error:
+            tally.count(outcome_of(error, has_run=True))
             if is_for_the_program(error):
                 raise
             return make_failure(number, error)

@@ -44,8 +44,8 @@ CODES = {number: code for code, number in NUMBERS.items()}
 _DATA = STATUS_PAGE_SIZE + COLUMN_LENGTH * NUMBER_SIZE  # where the data are, in the status file
 
 # The number of the first result within its batch, how many there are, what the column holds, seconds since the batch
-# began, and the position of the first error, or -1; then the column, then the data.
-_HEAD = struct.Struct("<QIBdi")
+# began, the position of the first error, or -1, and how many errors there are; then the column, then the data.
+_HEAD = struct.Struct("<QIBdiI")
 _END = struct.Struct("=q")
 
 
@@ -64,7 +64,7 @@ class Journal:
         self._column = column
         ints = column.cast("q")
         self.columns: dict[int, Any] = {INTS: ints, FLOATS: column.cast("d"), RECORDS: ints}
-        self._first_error = -1
+        self._first_error, self._errors = -1, 0
         self._void = os.urandom(NUMBER_SIZE)
         page[VOID] = int.from_bytes(self._void, sys.byteorder)
 
@@ -73,7 +73,7 @@ class Journal:
         self.page[COLUMN] = RECORDS
         self.page[HELD] = 0
         self.page[SENT] = 0
-        self._first_error = -1
+        self._first_error, self._errors = -1, 0
 
     def begin_numbers(self, value: float) -> bool:
         """Make the empty journal one of numbers, and this one the first; False if it is none of them."""
@@ -116,8 +116,10 @@ class Journal:
         held = self.page[HELD]
         self.data[start:end] = record
         self.columns[RECORDS][held] = ~end if is_error else end
-        if is_error and self._first_error < 0:
-            self._first_error = held
+        if is_error:
+            self._errors += 1
+            if self._first_error < 0:
+                self._first_error = held
         self.page[HELD] = held + 1
         return True
 
@@ -125,7 +127,7 @@ class Journal:
         """Return the body of a frame with all results in it."""
         page = self.page
         held = page[HELD]
-        head = _HEAD.pack(page[SENT], held, page[COLUMN], seconds, self._first_error)
+        head = _HEAD.pack(page[SENT], held, page[COLUMN], seconds, self._first_error, self._errors)
         return b"".join((head, self._column[: held * NUMBER_SIZE], self.data[: self.end]))
 
     def pack_alone(self, record: bytes, seconds: float, *, is_error: bool, size: int | None = None) -> bytes:
@@ -138,7 +140,7 @@ class Journal:
             size: how many bytes it has in all.
         """
         end = len(record) if size is None else size
-        head = _HEAD.pack(self.page[SENT], 1, RECORDS, seconds, 0 if is_error else -1)
+        head = _HEAD.pack(self.page[SENT], 1, RECORDS, seconds, 0 if is_error else -1, is_error)
         return head + _END.pack(~end if is_error else end) + record
 
     def empty(self, sent: int) -> None:
@@ -146,7 +148,7 @@ class Journal:
         self.page[HELD] = 0  # first: what `read_journal` reads meanwhile must not get the numbers of the next ones
         self.page[SENT] += sent
         self.page[COLUMN] = RECORDS
-        self._first_error = -1
+        self._first_error, self._errors = -1, 0
 
 
 def open_journal(status: int) -> Journal:
@@ -170,7 +172,7 @@ def read_journal(read_cell: Callable[[int], int], read: Callable[[int, int], byt
     if read_cell(SENT) != sent:
         return None  # the column may be of the next ones
     data = b""
-    first_error = -1
+    first_error, errors = -1, 0
     if code != RECORDS:
         held = _count_numbers(memoryview(column).cast("Q"), held, read_cell(VOID))
     column = column[: held * NUMBER_SIZE]
@@ -178,9 +180,10 @@ def read_journal(read_cell: Callable[[int], int], read: Callable[[int, int], byt
         ends = memoryview(column).cast("q").tolist()
         data = read(max(ends[-1], ~ends[-1]), _DATA)
         first_error = next((at for at, end in enumerate(ends) if end < 0), -1)
+        errors = sum(end < 0 for end in ends)
     if read_cell(SENT) != sent:
         return None
-    return _HEAD.pack(sent, held, code, 0.0, first_error) + column + data
+    return _HEAD.pack(sent, held, code, 0.0, first_error, errors) + column + data
 
 
 def find_record(body: memoryview) -> memoryview:
@@ -205,7 +208,7 @@ class Results:
         received: what of the record came through a stream, if it is one, and large.
     """
 
-    __slots__ = ("_body", "_code", "count", "first", "first_error", "received", "seconds")
+    __slots__ = ("_body", "_code", "_errors", "count", "first", "first_error", "received", "seconds")
 
     def __init__(self, body: memoryview | bytes, received: Sequence[Any] = ()) -> None:
         """Args: `body` is what `Journal.pack` or `read_journal` made; `received`, see there."""
@@ -214,7 +217,8 @@ class Results:
         self.first: int
         self.count: int
         self.seconds: float
-        self.first, self.count, self._code, self.seconds, first_error = _HEAD.unpack_from(body)
+        self._errors: int
+        self.first, self.count, self._code, self.seconds, first_error, self._errors = _HEAD.unpack_from(body)
         self.first_error: int | None = None if first_error < 0 else first_error
 
     @property
@@ -227,6 +231,12 @@ class Results:
     def nbytes(self) -> int:
         """How many bytes they take."""
         return len(self._body) + sum(map(len, self.received))
+
+    def count_errors(self, known: int) -> int:
+        """Return how many of them are errors, but for the first `known` ones."""
+        if not known:
+            return self._errors
+        return sum(end < 0 for end in self.column[known:])
 
     @property
     def are_numbers(self) -> bool:

@@ -7,6 +7,9 @@ import math
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._settings import CallOptions
     from ._waiting import Ticket
 
 W = TypeVar("W")
@@ -28,6 +31,7 @@ class Lease(Generic[W]):
 
     Attributes:
         task_id: of the attempt.
+        fn, options: what the call runs, and how.
         owner: the map or stream that has made it, or None.
         is_admitted: True if it need not be asked whether there is room in the queue: its owner has begun to run, or it
             is a call in the background.
@@ -50,12 +54,14 @@ class Lease(Generic[W]):
         "asked",
         "condemned_item",
         "deadline",
+        "fn",
         "heir",
         "interrupted",
         "is_admitted",
         "is_expired",
         "item_started",
         "item_timeout",
+        "options",
         "owner",
         "started",
         "task_id",
@@ -69,6 +75,8 @@ class Lease(Generic[W]):
         self.worker: W | None = None
         self.heir: Lease[W] | None = None
         self.owner = owner
+        self.fn: Callable[..., object] | None = None
+        self.options: CallOptions | None = None
         self.is_admitted = is_admitted
         self.item_timeout: float | None = None
         self.weight = 0

@@ -41,6 +41,7 @@ from ._parcels import MOST_ON_LOOP, GivenUp, Parcel, Shipment, TooLarge, check_n
 from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, count_all, open_source
+from ._statistics import outcome_of
 from ._status import BEFORE_FIRST
 from ._worker import FIRST_LOOK, LONGEST_LOOK, Death
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ._frames import Frame
     from ._settings import CallOptions
     from ._sources import Columns
+    from ._statistics import Outcome
     from ._supervisor import Supervisor
     from ._waiting import Tasks, Waits
     from ._worker import Worker
@@ -177,6 +179,7 @@ class Flow:
         self._in_lanes = 0  # batches
         self._hungry = 0  # lanes that have none
         self._pulled = 0  # items that have left the source
+        self._ended = 0  # items, in whatever way
         self._consumed = 0
         self._failed_at = math.inf  # the number of the first item that has failed, if that is to end it all
         self._error: BaseException | None = None  # why nothing can go on
@@ -227,6 +230,8 @@ class Flow:
         try:
             await tasks.stop()
         finally:
+            self._supervisor.tally.count_later("cancelled", self._pulled - self._ended)  # it may run anywhere
+            self._ended = self._pulled
             self._waiting.clear()
             self._output.clear()
             if self._supervisor.is_running:
@@ -341,6 +346,7 @@ class Flow:
             return False
         batch = _Batch(self._pulled, columns)
         self._pulled += batch.size
+        self._supervisor.tally.count("submitted", batch.size)
         self._waiting.append(batch)
         error = self._pickle(batch)
         batch.is_too_large = isinstance(error, TooLarge)
@@ -404,6 +410,8 @@ class Flow:
             return
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
+            ran, took = batch.seconds / batch.done, (time.monotonic() - batch.sent_at) / batch.done
+            self._supervisor.tally.note_times(lease.queued, ran, max(took - ran, 0.0), batch.done)
         if isinstance(outcome, Death):
             self._see_death(batch, outcome, lease)
         elif isinstance(outcome, Interruption):
@@ -480,6 +488,9 @@ class Flow:
             self._pace.note_results(results.count, results.nbytes)
             if results.first_error is not None and self._stops_at_error:
                 self._note_failure(batch.first + results.first + results.first_error)
+            failed = results.count_errors(known)
+            self._count("succeeded", results.count - known - failed)
+            self._count("failed", failed)
             batch.done = results.first + results.count
             self._wake()
         if results.seconds:
@@ -520,6 +531,7 @@ class Flow:
         elif lease.verdict is not None and lease.condemned_item in (BEFORE_FIRST, batch.done):
             self._blame(batch, make_stop_error(death, lease, self._fn, self._options, self._supervisor.name))
         elif batch.attempt <= self._options.retries:
+            self._supervisor.tally.count("retried")
             self._give_back(batch.cut(batch.done + 1))
             self._give_back(batch.cut(batch.done, batch.done + 1, batch.attempt + 1))
         else:
@@ -550,9 +562,16 @@ class Flow:
         """Let the item fail that ran, and give the rest back."""
         number = batch.first + batch.done
         self._output[number] = _Arrived(functools.partial(make_failure, number, error))
+        self._count(outcome_of(error, has_run=True))
         if self._stops_at_error:
             self._note_failure(number)
         self._give_back(batch.cut(batch.done + 1))
+
+    def _count(self, outcome: Outcome, items: int = 1) -> None:
+        """Note in the pool's statistics how some items have ended."""
+        if items:
+            self._ended += items
+            self._supervisor.tally.count(outcome, items)
 
     def _note_failure(self, number: int) -> None:
         if number < self._failed_at:

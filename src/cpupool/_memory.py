@@ -6,8 +6,8 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from ._settling import read_resident
 from ._sizing import count_oom_kills
+from ._usage import read_resident
 from ._worker import State
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ It runs in the workers: stdlib and layer 0 only.
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ import sys
 
 from ._journal import Journal, open_journal
 from ._reports import STACKS_OFFSET
+from ._usage import read_resident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,15 +129,6 @@ def open_status_file(status: int) -> Journal:
     os.lseek(status, STACKS_OFFSET, os.SEEK_SET)
     faulthandler.enable(status, all_threads=False)
     return open_journal(status)
-
-
-def read_resident(process: int | str) -> int | None:
-    """Return how many bytes of memory a process holds ("self" is this one); None where that is not to be had."""
-    try:
-        with open(f"/proc/{process}/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except (OSError, IndexError):
-        return None
 
 
 def measure_resident() -> int:

@@ -178,7 +178,9 @@ class Stopping:
             return  # it was killed in the moment of its answer
         worker.process.take_stack()
         worker.in_call = False
+        worker.tasks_done += 1
         if not worker.tasks_left:
+            self._dispatcher.tally.count("recycled")
             self._dispatcher.remove(worker)
             self._crew.send_home(worker, time.monotonic() + self._grace)
             return

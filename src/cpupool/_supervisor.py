@@ -27,8 +27,10 @@ from ._births import BREAKER_THRESHOLD, Births
 from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed
+from ._inspection import describe_worker
 from ._lease import Lease, Verdict
 from ._memory import SAMPLING_INTERVAL, MemoryGuard, OomWitness
+from ._statistics import Statistics
 from ._stopping import Stopping
 from ._worker import State, Worker
 
@@ -52,6 +54,7 @@ class Supervisor:
         name: the pool's.
         finished: True when it has stopped and all its workers are gone.
         dispatcher: lends the workers that are ready.
+        tally: counts what becomes of the calls.
         next_task_id: gives the next number.
         notify, look_by: see `Crew.wake` and `Crew.look_by`.
         idle_timeout: as in the settings.
@@ -70,6 +73,7 @@ class Supervisor:
             max_pending=settings.max_pending,
             max_inflight_bytes=settings.max_inflight_bytes,
         )
+        self.tally = self.dispatcher.tally
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
         self._oom_witness = OomWitness()
@@ -143,6 +147,24 @@ class Supervisor:
             return "broken"
         return "degraded" if failures or self.dispatcher.is_full else "ready"
 
+    def statistics(self) -> Statistics:
+        """Return what is known of the pool now, from any thread; see `CpuPool.statistics`."""
+        now = time.monotonic()
+        workers = sorted(self._crew.workers, key=lambda worker: worker.born)
+        idle, lent, waiting, counted = self.dispatcher.snapshot()
+        found = tuple(describe_worker(each, idle, lent, now) for each in workers if each.state is not State.ENDED)
+        states = [worker.state for worker in found]
+        return Statistics(
+            name=self.name,
+            workers=found,
+            max_workers=self.dispatcher.max_workers,
+            idle=states.count("idle"),
+            busy=states.count("busy") + states.count("stopping"),
+            starting=states.count("starting"),
+            pending=waiting,
+            **counted,
+        )
+
     def stop_soon(self) -> None:
         """Stop everything without waiting for it."""
         self.dispatcher.closed = True  # no lock: it may run inside a garbage collection
@@ -170,7 +192,7 @@ class Supervisor:
             self._stopping.recover(lease)
         elif not worker.tasks_left or not self.dispatcher.give_back(lease):
             self.dispatcher.take_over(lease)
-            self._send_home(worker)  # its last task is done, or its successor there
+            self._recycle(worker)  # its last task is done, or its successor there
         elif worker.ended_shares:
             self.tell_of_ended_shares(worker)
 
@@ -212,7 +234,7 @@ class Supervisor:
             worker.forget_ended_shares()
             if not self.dispatcher.return_borrowed(lease):
                 self.dispatcher.take_over(lease)
-                self._send_home(worker)  # its successor is there
+                self._recycle(worker)  # its successor is there
 
     def stop(self, deadline: float, ticket: Ticket | None) -> None:
         """Dismiss all workers when no call runs any more; from `deadline` on interrupt what still runs."""
@@ -305,17 +327,22 @@ class Supervisor:
 
     def _dismiss_workers(self, now: float) -> None:
         """Send home workers whose successor is there, and those that had nothing to do for too long."""
-        workers = self.dispatcher.take_replaced()
+        for worker in self.dispatcher.take_replaced():
+            self._recycle(worker)
         if self._settings.idle_timeout is not None:
-            workers += self.dispatcher.take_surplus(now, self._settings.idle_timeout, self._settings.min_workers or 0)
-        for worker in workers:
-            self._send_home(worker)
+            min_workers = self._settings.min_workers or 0
+            for worker in self.dispatcher.take_surplus(now, self._settings.idle_timeout, min_workers):
+                self._send_home(worker)
 
     def _next_surplus(self) -> float:
         if self._settings.idle_timeout is None or self._births.stopped:
             return math.inf
         min_workers = self._settings.min_workers or 0
         return self.dispatcher.next_surplus(self._settings.idle_timeout, min_workers)
+
+    def _recycle(self, worker: Worker) -> None:
+        self.tally.count("recycled")
+        self._send_home(worker)
 
     def _send_home(self, worker: Worker) -> None:
         self._crew.send_home(worker, time.monotonic() + self._settings.grace)
@@ -337,6 +364,8 @@ class Supervisor:
 
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
+        if worker.state is not State.LEAVING and not self._births.stopped:
+            self.tally.count("workers_died")
         if worker.was_killed_by_others:
             worker.oom = self._oom_witness.was_oom_kill()
         worker.state = State.ENDED

@@ -134,6 +134,8 @@ class Worker:
         excess: the bytes of memory for which the pool has killed it, and how many it was allowed; or None.
         heir: settled with its `Death` for the call that lost it.
         tasks_left: how many it may still be given.
+        tasks_done: how many it has answered.
+        heard: when something last came from it, on the monotonic clock.
         max_memory: the bytes it may hold after a task and go on, or None.
         in_call: True from the moment a call is sent until its answer is here, but for what is large of it.
         unsent: what is still to be sent of that call, or None.
@@ -156,6 +158,7 @@ class Worker:
         "deadline",
         "ended_shares",
         "excess",
+        "heard",
         "heir",
         "in_call",
         "known_shares",
@@ -163,6 +166,7 @@ class Worker:
         "oom",
         "process",
         "shares",
+        "tasks_done",
         "tasks_left",
         "unsent",
         "was_killed",
@@ -172,13 +176,14 @@ class Worker:
         self, process: WorkerProcess, deadline: float, *, max_tasks: int | None = None, max_memory: int | None = None
     ) -> None:
         self.process = process
-        self.born = time.monotonic()
+        self.born = self.heard = time.monotonic()
         self.deadline = deadline
         self.heir: Ticket | None = None
         self.was_killed = False
         self.oom: bool | None = False
         self.excess: tuple[int, int] | None = None
         self.tasks_left: float = math.inf if max_tasks is None else max_tasks
+        self.tasks_done = 0
         self.max_memory = max_memory
         self.in_call = False
         self.unsent: memoryview | None = None
@@ -270,6 +275,7 @@ class Worker:
         if reply.task_id != task_id:
             raise WorkerGone
         self.in_call = False
+        self.tasks_done += 1
         if reply.files:
             await self._receive_large(reply, reply.body, waits)
         return reply
@@ -355,6 +361,7 @@ class Worker:
         elif frame.kind is Kind.INTERRUPTED:
             done = min(done + 1, size)
         self.tasks_left += size - done
+        self.tasks_done += done
         self.in_call = False
         return frame
 
@@ -418,6 +425,7 @@ class Worker:
                 raise WorkerGone
             decoder.feed(data, disclose(ancillary) if ancillary else ())
             del received[0]
+            self.heard = time.monotonic()
         return decoder.next_frame()
 
     def drop_unsent(self) -> None:
