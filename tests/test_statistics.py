@@ -389,7 +389,7 @@ async def test_workers_that_start_and_that_stop_a_task() -> None:
         with anyio.move_on_after(0.2):
             await pool.run(tasks.swallow_interrupts)
         with anyio.fail_after(1):
-            while [worker.state for worker in (found := pool.statistics()).workers] != ["stopping"]:
+            while (found := pool.statistics()).workers[0].state != "stopping":
                 await anyio.sleep(0.001)
         assert found.busy == 1
 
