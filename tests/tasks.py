@@ -788,3 +788,44 @@ def nap_and_describe() -> str | None:
     time.sleep(0.01)
     task = cpupool.current_task()
     return None if task is None else task.label
+
+
+def log(name: str, level: int, message: str, *args: object) -> int:
+    logging.getLogger(name).log(level, message, *args)
+    return os.getpid()
+
+
+def log_exception(name: str) -> None:
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        logging.getLogger(name).exception("failed")
+
+
+def log_with_extra(name: str) -> None:
+    logging.getLogger(name).warning("more", extra={"request": 5, "lock": threading.Lock()})
+
+
+def enabled(name: str, level: int) -> bool:
+    return logging.getLogger(name).isEnabledFor(level)
+
+
+def flood_log(name: str, count: int) -> None:
+    logger = logging.getLogger(name)
+    for number in range(count):
+        logger.warning("number %d of a flood", number)
+
+
+def log_and_die(name: str) -> NoReturn:
+    logging.getLogger(name).warning("the end")
+    os._exit(1)
+
+
+def write_stderr(text: str) -> None:
+    sys.stderr.write(text)
+
+
+def write_stderr_and_die(text: str) -> NoReturn:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(1)

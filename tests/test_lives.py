@@ -604,7 +604,7 @@ async def test_c4_when_the_last_worker_dies_behind_an_open_breaker_nobody_waits(
 def test_c4_the_pause_between_tries_is_bounded_however_long_it_lasts() -> None:
     births = CpuPool(1)._supervisor._births
     for _ in range(2000):
-        births._put_off()
+        births._put_off(lambda: PoolBroken("x"))
     assert 29 < births._again_at - time.monotonic() <= 30
 
 

@@ -221,7 +221,7 @@ async def test_a_process_that_a_task_has_forked_reports_nothing() -> None:
 def test_a_report_is_read_whole_while_it_is_being_written(tmp_path: Path) -> None:
     """By another thread, which reads as the pool does, from the file."""
     fd = os.memfd_create("test")
-    os.truncate(fd, _reports.STACKS_OFFSET)
+    os.truncate(fd, _reports.REPORTS_END)
     page = memoryview(mmap.mmap(fd, STATUS_PAGE_SIZE)).cast("Q")
     reporter = _reports.Reporter(page, fd, _payload.dumps)
     is_over = threading.Event()

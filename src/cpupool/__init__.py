@@ -5,12 +5,13 @@ the bottom up; imports point only downward:
 
     0  _frames _payload _parcels _files _shared _errors _current _roles _waiting _apart _large _forking _checks
        _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources _statistics _usage
+       _events _logs _last_words
                           the wire, pickling, large values, streams and files of memory, what is shared, exceptions, the
                           running task, roles of a process, waiting, work apart from the event loop, large values seen
                           from there, forks, checks of arguments, settings, those from the environment, cutting, limits,
                           the page that pool and worker share, results that are not sent yet, progress, how a process
                           becomes a worker, sizes of batches, where their items come from, what is counted, what
-                          a process uses
+                          a process uses, what happens, what workers log, what they last wrote
     1  _interrupts _replies _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; large values in a worker; what runs there, and in a fork server;
                           waiting in a task
@@ -20,9 +21,9 @@ the bottom up; imports point only downward:
     3  _worker _starting _outcomes
                           one worker seen from the pool; starting one as the settings say; what becomes of a task
     4  _crew _inspection   the workers of a pool, and sleeping until one needs attention; what one does
-    5  _serving _births _stopping _memory
+    5  _serving _births _stopping _memory _stacks _log_keeper
                           keeping the fork server; how workers become ready; how tasks are stopped; memory that they
-                          must not hold
+                          must not hold; where they are; what they log
     6  _supervisor         the thread that does all that, and replaces and reaps
     7  _call _segments _map _stream _driver _executor
                           one call on its way; many items, and their results; calls through concurrent.futures, and
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from ._errors import TaskNotPicklable as TaskNotPicklable
     from ._errors import TaskTimeout as TaskTimeout
     from ._errors import WorkerDied as WorkerDied
+    from ._events import Event as Event
     from ._executor import PoolExecutorFace as PoolExecutorFace
     from ._offload import offload as offload
     from ._pool import CpuPool as CpuPool
@@ -95,6 +97,7 @@ _HOMES = {
     "CpuPool": "_pool",
     "CpuPoolError": "_errors",
     "CpuPoolView": "_calls",
+    "Event": "_events",
     "Histogram": "_statistics",
     "InitializerFailed": "_errors",
     "PoolBroken": "_errors",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from . import _roles
 from ._errors import InitializerFailed, PoolBroken, decode_error, describe_callable, describe_exit
+from ._events import Event
 from ._forking import starting_or_forking
 from ._frames import Frame, Kind, ProtocolError
 from ._serving import ServerKeeper
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from ._crew import Crew
     from ._dispatch import Dispatcher
+    from ._events import Announcer, EventKind
     from ._memory import OomWitness
     from ._settings import Settings
     from ._starting import WorkerStarter
@@ -67,6 +69,7 @@ class Births:
         crew: Crew,
         dispatcher: Dispatcher[Worker],
         witness: OomWitness,
+        announcer: Announcer,
     ) -> None:
         self.stopped = False
         self._settings = settings
@@ -74,6 +77,7 @@ class Births:
         self._crew = crew
         self._dispatcher = dispatcher
         self._witness = witness
+        self._announcer = announcer
         self._deaths = 0
         self._failures = 0
         self._delay = FIRST_DELAY
@@ -142,6 +146,7 @@ class Births:
         self._crew.workers.add(worker)
         self._dispatcher.expect(worker)
         self._dispatcher.tally.count("workers_started")
+        self._tell("worker_started", f"worker {process.pid} was started", worker)
         if process.packed_duties is not None:
             worker.post(*self._starter.ship_duties(process.packed_duties), is_call=False)
         self._crew.watch_channel(worker, self._on_channel, writable=worker.unsent is not None)
@@ -185,6 +190,11 @@ class Births:
         if frame.kind is Kind.READY:
             if self._has_initialized_too_much(worker):
                 return
+            if self._failures >= BREAKER_THRESHOLD:
+                self._tell("breaker_closed", "workers can be started again")
+            seconds = time.monotonic() - worker.born
+            text = f"worker {worker.process.pid} is ready, {seconds:.3g} s after its start"
+            self._tell("worker_ready", text, worker, seconds)
             self._deaths = self._failures = 0
             self._delay = FIRST_DELAY
             self._again_at = 0
@@ -309,13 +319,20 @@ class Births:
         """Note that a start has failed, and tell those who wait in vain."""
         self._last_error = make_error
         if worker is None or worker.born >= self._again_at:  # else it was started together with one that has failed
-            self._put_off()
+            self._put_off(make_error)
         self._dispatcher.fail_start(make_error)
 
-    def _put_off(self) -> None:
+    def _put_off(self, make_error: Callable[[], BaseException]) -> None:
         self._failures += 1
+        if self._failures == BREAKER_THRESHOLD:
+            text = f"{self._failures} starts of a worker in a row have failed; who asks for one is refused for a while"
+            self._tell("breaker_opened", f"{text}. {make_error()}")
         self._again_at = time.monotonic() + self._delay
         self._delay = min(2 * self._delay, LONGEST_DELAY)
+
+    def _tell(self, kind: EventKind, text: str, worker: Worker | None = None, seconds: float | None = None) -> None:
+        pid = None if worker is None else worker.process.pid
+        self._announcer.announce(Event(kind=kind, pool=self._settings.name, text=text, pid=pid, seconds=seconds))
 
 
 def _vary(limit: int | None) -> int | None:

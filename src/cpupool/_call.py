@@ -227,8 +227,8 @@ async def run_attempt(
         if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
             lease.deadline = lease.started + options.timeout
             supervisor.look_by(lease.deadline)
-        if supervisor.sampling_interval is not None:
-            supervisor.look_by(lease.started + supervisor.sampling_interval)
+        if supervisor.first_look is not None:
+            supervisor.look_by(lease.started + supervisor.first_look)
         if worker.tasks_left <= tasks:
             supervisor.post(dispatcher.replace, worker)
         try:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from functools import partial
+from types import MappingProxyType
 
 from . import _payload, _roles, _settling
 from ._batches import run_batch
@@ -24,10 +25,22 @@ from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted,
 from ._files import ANCILLARY_FLAGS, ANCILLARY_SIZE, disclose, map_private
 from ._frames import FrameDecoder, Kind, encode_frame, split_call
 from ._interrupts import Interrupts, await_interrupts
+from ._last_words import keep_last_words
+from ._logs import forward_logs
 from ._parcels import check_new_shares, first_file, take_shares, unpack
 from ._replies import Arrival, Reply
 from ._reports import Reporter
-from ._status import FINISHED, PICKED_UP, RESIDENT, STAGE, STAGE_INITIALIZING, STAGE_READY, STATUS_PAGE_SIZE
+from ._status import (
+    FINISHED,
+    PICKED_UP,
+    RESIDENT,
+    SAID,
+    SAID_BEFORE,
+    STAGE,
+    STAGE_INITIALIZING,
+    STAGE_READY,
+    STATUS_PAGE_SIZE,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,9 +64,10 @@ class Duties:
         finalizer: what it calls before it exits, or None.
         serializer: how it pickles results.
         weighs_itself: True if it writes down how much memory it holds after each task.
+        log_levels: see `forward_logs`.
     """
 
-    __slots__ = ("finalizer", "initargs", "initializer", "serializer", "weighs_itself")
+    __slots__ = ("finalizer", "initargs", "initializer", "log_levels", "serializer", "weighs_itself")
 
     def __init__(
         self,
@@ -62,15 +76,24 @@ class Duties:
         finalizer: Callable[[], object] | None = None,
         serializer: str = "pickle",
         weighs_itself: bool = False,
+        log_levels: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.initializer = initializer
         self.initargs = initargs
         self.finalizer = finalizer
         self.serializer = serializer
         self.weighs_itself = weighs_itself
+        self.log_levels = log_levels
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Duties, (self.initializer, self.initargs, self.finalizer, self.serializer, self.weighs_itself)
+        return Duties, (
+            self.initializer,
+            self.initargs,
+            self.finalizer,
+            self.serializer,
+            self.weighs_itself,
+            dict(self.log_levels),
+        )
 
 
 class Setup:
@@ -82,12 +105,19 @@ class Setup:
     pool like an error of the initializer.
     """
 
-    __slots__ = ("changes", "channel", "duties", "liveness", "packed_duties", "status")
+    __slots__ = ("changes", "channel", "duties", "liveness", "logs", "packed_duties", "status")
 
     def __init__(
-        self, channel: socket.socket, liveness: int, status: int, changes: Mapping[str, str | None], duties: Duties
+        self,
+        channel: socket.socket,
+        logs: socket.socket,
+        liveness: int,
+        status: int,
+        changes: Mapping[str, str | None],
+        duties: Duties,
     ) -> None:
         self.channel = channel
+        self.logs = logs
         self.liveness = liveness
         self.status = status
         self.changes = changes
@@ -99,7 +129,7 @@ class Setup:
         if not isinstance(packed, bytes):
             check_new_shares((), packed)
         self.packed_duties = packed
-        return PickledSetup, (self.channel, TravellingFd(self.status))
+        return PickledSetup, (self.channel, self.logs, TravellingFd(self.status))
 
     def settle_in(self) -> None:
         """Do in a forked process what it would otherwise have done earlier."""
@@ -126,10 +156,11 @@ class TravellingFd:
 class PickledSetup:
     """A `Setup` on the other side of a process start."""
 
-    __slots__ = ("channel", "status")
+    __slots__ = ("channel", "logs", "status")
 
-    def __init__(self, channel: socket.socket, status: int) -> None:
+    def __init__(self, channel: socket.socket, logs: socket.socket, status: int) -> None:
         self.channel = channel
+        self.logs = logs
         self.status = status
 
     def settle_in(self) -> None:
@@ -163,6 +194,7 @@ def main(setup: Setup | PickledSetup) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
+    keep_last_words(page, setup.status)
     decoder = FrameDecoder()
     serializer = _payload.BY_NAME
     shares: dict[int, Any] = {}
@@ -170,6 +202,8 @@ def main(setup: Setup | PickledSetup) -> None:
         duties = setup.receive_duties(decoder, shares)
         serializer = _payload.get_serializer(duties.serializer)
         set_reporter(Reporter(page, setup.status, serializer.dumps))
+        setup.logs.setblocking(False)
+        forward_logs(setup.logs, page, duties.log_levels)
         page[STAGE] = STAGE_INITIALIZING
         if duties.initializer is not None:
             duties.initializer(*duties.initargs)
@@ -233,6 +267,7 @@ def _serve(
         _flush_output()
         if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
+        interrupts.page[SAID_BEFORE] = interrupts.page[SAID]
         interrupts.page[FINISHED] = task_id
         if isinstance(reply, bytes):
             channel.sendall(reply)

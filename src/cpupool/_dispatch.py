@@ -403,6 +403,11 @@ class Dispatcher(Generic[W]):
         with self._lock:
             return [lease for lease in self._lent.values() if lease is not None]
 
+    def lease_of(self, worker: W) -> Lease[W] | None:
+        """Return the lease under which a worker is lent, unless it is going to be killed."""
+        with self._lock:
+            return self._lent.get(worker)
+
     def next_queue_deadline(self) -> float:
         """Return when the next call has waited long enough."""
         with self._lock:

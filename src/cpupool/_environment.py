@@ -138,5 +138,6 @@ READERS: dict[str, Callable[[str], object]] = {
     "max_inflight_bytes": _bytes,
     "retries": _int,
     "serializer": str,
+    "slow_task": _seconds,
     "name": str,
 }

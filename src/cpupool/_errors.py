@@ -214,6 +214,8 @@ class WorkerDied(CpuPoolError):
         stack: the Python stack at the crash, as `faulthandler` saw it, or None.
         resident: the bytes of memory it held when it passed the pool's limit; None if that was not the reason.
         limit: that limit, in bytes, or None.
+        stderr: the last lines that the task's Python code has written to standard error (20 lines, 8 kB at most), or
+            None.
     """
 
     def __init__(
@@ -226,8 +228,9 @@ class WorkerDied(CpuPoolError):
         stack: str | None,
         resident: int | None = None,
         limit: int | None = None,
+        stderr: str | None = None,
     ) -> None:
-        super().__init__(pid, exitcode, signal, oom, task, stack, resident, limit)
+        super().__init__(pid, exitcode, signal, oom, task, stack, resident, limit, stderr)
         self.pid = pid
         self.exitcode = exitcode
         self.signal = signal
@@ -236,6 +239,7 @@ class WorkerDied(CpuPoolError):
         self.stack = stack
         self.resident = resident
         self.limit = limit
+        self.stderr = stderr
 
     def __str__(self) -> str:
         if self.resident is not None and self.limit is not None:
@@ -248,7 +252,9 @@ class WorkerDied(CpuPoolError):
             if self.oom:
                 how += ", by the kernel, for want of memory,"
         message = f"worker {self.pid} {how} while it ran {self.task}"
-        return f"{message}\n{self.stack}" if self.stack else message
+        if self.stack:
+            message += f"\n{self.stack}"
+        return f"{message}\nIts last words (standard error):\n{self.stderr}" if self.stderr else message
 
 
 class TaskNotPicklable(CpuPoolError, pickle.PicklingError):

@@ -193,6 +193,9 @@ class InlineSupervisor:
 
     notify = refuse_in_its_thread = hurry = run
 
+    def dump_stacks(self, ticket: Ticket, pid: int | None) -> None:  # noqa: ARG002
+        ticket.settle({})
+
     def post(self, order: Callable[..., object], *args: object) -> None:
         order(*args)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._outcomes import name_task
+from ._outcomes import name_task_of
 from ._statistics import WorkerStatistics
 from ._usage import read_cpu_seconds, read_resident
 from ._worker import State
@@ -28,7 +28,7 @@ def describe_worker(
     return WorkerStatistics(
         pid=pid,
         state=_STATES.get(worker.state) or ("idle" if worker in idle else "busy"),
-        task=None if lease is None or lease.fn is None or lease.options is None else name_task(lease.fn, lease.options),
+        task=name_task_of(lease),
         seconds=max(now - lease.started, 0.0) if lease is not None and lease.started else 0.0,
         tasks_done=worker.tasks_done,
         resident_bytes=read_resident(pid),

@@ -12,6 +12,7 @@ import signal
 
 from ._errors import TaskInterrupted
 from ._status import (
+    ASKED,
     BEFORE_FIRST,
     CONDEMNED,
     CONDEMNED_ITEM,
@@ -25,6 +26,7 @@ from ._status import (
     STACK_HEADING,
     STACK_SIGNAL,
     STARTED,
+    TOLD,
 )
 
 TYPE_CHECKING = False
@@ -71,11 +73,14 @@ class Interrupts:
     def raise_if_condemned(self, _number: int = 0, frame: FrameType | None = None) -> None:
         """Handle the signal: raise in the task that is armed, if it is the one, and where it can be raised.
 
-        Else it waits for the pool's next signal.
+        Else it waits for the pool's next signal.  If the pool asks where the task is, write that down.
         """
         if self.armed and self.page[CUT] == self.armed:
             self.page[CUT] = 0  # seen
             self.is_late = True
+        if frame is not None and (asked := self.page[ASKED]) != self.page[TOLD]:
+            self._write_stack(frame)
+            self.page[TOLD] = asked
         if self.armed and self._is_condemned() and not _must_not_raise_in(frame):
             self.page[INTERRUPTED] = self.armed
             self.armed = 0

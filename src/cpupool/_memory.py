@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from ._outcomes import name_task_of
 from ._sizing import count_oom_kills
 from ._usage import read_resident
 from ._worker import State
@@ -48,6 +49,7 @@ class MemoryGuard:
             resident = read_resident(worker.process.pid) or 0  # it has ended
             if resident > self._limit and (lease is None or self._dispatcher.doom(lease)):
                 worker.excess = resident, self._limit
+                worker.last_task = name_task_of(lease)
                 self._crew.kill(worker)
 
     def _leases_and_workers(self) -> list[tuple[Lease[Worker] | None, Worker]]:

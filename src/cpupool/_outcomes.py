@@ -47,6 +47,11 @@ def name_task(fn: Callable[..., object], options: CallOptions) -> str:
     return describe_callable(fn) if options.label is None else options.label
 
 
+def name_task_of(lease: Lease[Any] | None) -> str | None:
+    """Return what the task is called that runs under a lease; None without one."""
+    return None if lease is None or lease.fn is None or lease.options is None else name_task(lease.fn, lease.options)
+
+
 def load_value(
     pickled: memoryview | bytes, fn: Callable[..., object], options: CallOptions, received: Sequence[Any] = ()
 ) -> Any:
@@ -89,4 +94,5 @@ def make_stop_error(
 def make_death_error(death: Death, fn: Callable[..., object], options: CallOptions) -> WorkerDied:
     """Say how the worker of a task has died."""
     facts = (death.pid, death.exitcode, death.signal, death.oom, name_task(fn, options), death.crash_stack)
-    return WorkerDied(*facts, *(death.excess or ()))
+    resident, limit = death.excess or (None, None)
+    return WorkerDied(*facts, resident, limit, death.last_words)

@@ -17,6 +17,7 @@ from ._call import Call
 from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
 from ._errors import PoolClosed
+from ._events import Announcer
 from ._forking import at_fork
 from ._settings import Settings
 from ._share import Share
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ._events import Event
     from ._map import FlowOptions
     from ._settings import CallOptions
     from ._statistics import Statistics
@@ -91,6 +93,8 @@ class CpuPool(PoolCalls):
             run twice: the worker may have died after it did its work.
         serializer: "pickle", or "cloudpickle" (an optional dependency) to send lambdas, functions inside functions, and
             what an interactive session defines.
+        slow_task: seconds after which a task that still runs is told of, once, with its stack: as a warning in the log,
+            and to `on_event`; by default never.
         name: for messages and thread names.
 
     Raises:
@@ -132,6 +136,7 @@ class CpuPool(PoolCalls):
         max_inflight_bytes: int | None = None,
         retries: int = 0,
         serializer: str = "pickle",
+        slow_task: float | None = None,
         name: str = "CpuPool",
     ) -> None:
         self.settings: Settings = Settings(
@@ -156,9 +161,11 @@ class CpuPool(PoolCalls):
             max_inflight_bytes=max_inflight_bytes,
             retries=retries,
             serializer=serializer,
+            slow_task=slow_task,
             name=name,
         )
         self._options = self.settings.call_options()
+        self._announcer = Announcer()
         self._set_up()
         _pools.add(self)
 
@@ -188,7 +195,7 @@ class CpuPool(PoolCalls):
             raise ValueError(f"{error} (read from the environment: {variables or 'nothing'})") from error
 
     def _set_up(self) -> None:
-        self._supervisor = Supervisor(self.settings, WorkerStarter(self.settings))
+        self._supervisor = Supervisor(self.settings, WorkerStarter(self.settings), self._announcer)
         self._dispatcher = self._supervisor.dispatcher
 
     def __repr__(self) -> str:
@@ -228,6 +235,38 @@ class CpuPool(PoolCalls):
         Entering a closed pool again begins to count anew.
         """
         return self._supervisor.statistics()
+
+    def dump_stacks(self, pid: int | None = None) -> dict[int, str]:
+        """Return where the tasks of all busy workers are, in Python, by the workers' process ids.
+
+        It does not disturb them: they write it down in between and go on.  That works in C code too, also where that
+        holds the GIL.  From any thread; it takes some milliseconds, and a quarter of a second where a process does not
+        answer, which the text says then.
+
+        Args:
+            pid: ask only that worker.
+        """
+        supervisor = self._supervisor
+        if not supervisor.is_running:
+            return {}
+        supervisor.refuse_in_its_thread()
+        waits = BlockingWaits()
+        ticket = waits.ticket()
+        supervisor.post(supervisor.dump_stacks, ticket, pid)
+        run_to_end(waits.settled(ticket))
+        stacks: dict[int, str] = ticket.result()
+        return stacks
+
+    def on_event(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call `callback(event)` when something happens to the pool: see `Event`.  Returns what ends that.
+
+        It is called in a thread of its own, one event after another, and may take its time; in asyncio, let it use
+        `loop.call_soon_threadsafe`.  What it raises is logged.  The same events are logged, by the logger `cpupool`.
+
+        Raises:
+            TypeError: it cannot be called.
+        """
+        return self._announcer.subscribe(callback)
 
     @property
     def _home(self) -> CpuPool:
@@ -423,6 +462,7 @@ class CpuPool(PoolCalls):
         self._supervisor.stop_soon()
 
     def _after_fork_in_child(self) -> None:
+        self._announcer.begin_anew()
         closed = self._dispatcher.closed
         self._set_up()
         self._dispatcher.closed = closed

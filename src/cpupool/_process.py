@@ -23,10 +23,11 @@ import sys
 import weakref
 from typing import TYPE_CHECKING
 
-from . import _batches, _child, _settling, _status
+from . import _batches, _child, _logs, _settling, _status
 from ._forking import at_fork
 from ._journal import read_journal
-from ._reports import STACKS_OFFSET, read_report
+from ._last_words import STACKS_OFFSET, read_last_words
+from ._reports import read_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,6 +59,7 @@ class WorkerProcess:
     Attributes:
         pid: its process id.
         channel: the pool's end of its socket, non-blocking.
+        logs: the pool's end of the socket on which come what it logs, non-blocking; see `_logs`.
         sentinel: a descriptor that becomes readable when the process has ended.
         packed_duties: what has to be sent to it first; None for a forked one, which has it.
     """
@@ -77,8 +79,8 @@ class WorkerProcess:
         self._descriptors = contextlib.ExitStack()
         with contextlib.ExitStack() as theirs:
             try:
-                channel, liveness, status = self._open_descriptors(theirs)
-                setup = _child.Setup(channel, liveness, status, changes, duties)
+                channel, logs, liveness, status = self._open_descriptors(theirs)
+                setup = _child.Setup(channel, logs, liveness, status, changes, duties)
                 process_type = context.Process  # type: ignore[attr-defined]  # typeshed has it on the subclasses
                 self._process = process_type(target=_child.main, args=(setup,), daemon=False)
                 self._process.name = _NameThatBeginsLife(name, changes, liveness)
@@ -97,13 +99,16 @@ class WorkerProcess:
                 self._pidfd = os.pidfd_open(self.pid)
         self._watched_pid = self._pidfd is not None
 
-    def _open_descriptors(self, theirs: contextlib.ExitStack) -> tuple[socket.socket, int, int]:
+    def _open_descriptors(self, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket, int, int]:
         """Open both ends of everything; return the worker's, which `theirs` closes here."""
         self.channel, channel = socket.socketpair()
         self._descriptors.callback(self.channel.close)
         theirs.callback(channel.close)
         self.channel.setblocking(False)
         channel.setblocking(True)  # whatever `socket.setdefaulttimeout` says
+        self.logs, logs = _logs.open_sockets()
+        self._descriptors.callback(self.logs.close)
+        theirs.callback(logs.close)
         liveness, our_liveness = os.pipe()
         self._descriptors.callback(os.close, our_liveness)
         theirs.callback(os.close, liveness)
@@ -111,7 +116,7 @@ class WorkerProcess:
         self._descriptors.callback(os.close, self._status)
         status = os.dup(self._status)
         theirs.callback(os.close, status)
-        return channel, liveness, status
+        return channel, logs, liveness, status
 
     @property
     def sentinel(self) -> int:
@@ -237,6 +242,39 @@ class WorkerProcess:
         """Let `faulthandler` write down where the worker is, even if it runs C code that holds the GIL."""
         self._send_signal(_status.STACK_SIGNAL)
 
+    def ask_task_for_stack(self, number: int) -> None:
+        """Let the task write down where it is, at its next step in Python, and say so with that number."""
+        if not self._is_forgotten:
+            self._write_cell(_status.ASKED, number)
+            self.send_interrupt()
+
+    def has_told_stack(self, number: int) -> bool:
+        """Return True if it has done so."""
+        return self._read_cell(_status.TOLD) == number
+
+    def stacks_end(self) -> int:
+        """Return where in its file the next stack will begin."""
+        return max(os.fstat(self._status).st_size, STACKS_OFFSET)
+
+    def read_stack(self, start: int) -> str | None:
+        """Return the Python stack that was written there; empty if it has nothing of a task in it, None without one."""
+        if start > self.stacks_end():  # they were forgotten meanwhile
+            start = STACKS_OFFSET
+        return _task_stack(os.pread(self._status, _MAX_STACK_BYTES, start).decode("utf-8", "replace"))
+
+    def forget_old_stacks(self) -> None:
+        """Keep the file of the stacks small; a crash that is just being written down is lost."""
+        if self.stacks_end() > STACKS_OFFSET + _MAX_STACK_BYTES:
+            self._forget_stacks()
+
+    def last_words(self) -> str | None:
+        """Return the last lines that the running task has written to standard error; None if it has not."""
+        return read_last_words(self._read_cell, functools.partial(os.pread, self._status))
+
+    def lost_logs(self) -> int:
+        """Return how many records it could not send, of those that it has logged."""
+        return self._read_cell(_status.LOGS_LOST)
+
     def _send_signal(self, number: int) -> None:
         if self._is_forgotten:
             return
@@ -248,16 +286,14 @@ class WorkerProcess:
 
     def take_stack(self) -> str | None:
         """Return, and forget, the Python stack at a crash, or else the first that was written after an interrupt."""
-        text = os.pread(self._status, _MAX_STACK_BYTES, STACKS_OFFSET).decode("utf-8", "replace")
-        if not text:
-            return None
-        self._forget_stacks()
-        crash = text.find(_status.CRASH_HEADING)
-        stacks = text[max(crash, 0) :].split(f"\n{_status.STACK_HEADING}")
-        text = f"\n{_status.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
-        own = itertools.takewhile(lambda line: not any(map(line.__contains__, _NO_TASKS)), text.splitlines())
-        stack = "\n".join(own).strip()
-        return None if stack in ("", _status.STACK_HEADING) else stack
+        stack = self.first_stack()
+        if self.stacks_end() > STACKS_OFFSET:
+            self._forget_stacks()
+        return stack
+
+    def first_stack(self) -> str | None:
+        """Do as `take_stack`, but forget nothing."""
+        return self.read_stack(STACKS_OFFSET) or None
 
     def _forget_stacks(self) -> None:
         os.ftruncate(self._status, STACKS_OFFSET)
@@ -288,6 +324,18 @@ class WorkerProcess:
         self._is_forgotten = True
         self.stop_watching_pid()
         self._descriptors.close()
+
+
+def _task_stack(text: str) -> str | None:
+    """Return the first stack in a text, or the one at a crash, without what is below the task; None if it is empty."""
+    if not text:
+        return None
+    crash = text.find(_status.CRASH_HEADING)
+    stacks = text[max(crash, 0) :].split(f"\n{_status.STACK_HEADING}")
+    text = f"\n{_status.STACK_HEADING}".join(stacks[: 1 if crash < 0 else 2])  # a crash has a heading of its own
+    own = itertools.takewhile(lambda line: not any(map(line.__contains__, _NO_TASKS)), text.splitlines())
+    stack = "\n".join(own).strip()
+    return "" if stack == _status.STACK_HEADING else stack
 
 
 class _NameThatBeginsLife(str):

@@ -33,7 +33,7 @@ _SLOT = struct.Struct("<Q")  # at the beginning of each slot: the size of what f
 _SLOT_SIZE = _SLOT.size + MAX_REPORT
 _SLOTS = 8
 _OFFSET = STATUS_PAGE_SIZE + JOURNAL_SIZE
-STACKS_OFFSET = _OFFSET + _SLOTS * _SLOT_SIZE  # where stacks begin, in the status file
+REPORTS_END = _OFFSET + _SLOTS * _SLOT_SIZE  # in the status file
 _TRIES = 5  # to read a report that is being overtaken
 
 LOOK_INTERVAL = 0.05  # seconds between two looks

@@ -47,6 +47,7 @@ class Settings:
     max_inflight_bytes: int | None = None
     retries: int = 0
     serializer: str = "pickle"
+    slow_task: float | None = None
     name: str = "CpuPool"
 
     def __post_init__(self) -> None:
@@ -62,8 +63,9 @@ class Settings:
         self.call_options()
         for name in ("start_timeout", "grace", "drain"):
             check_seconds(name, getattr(self, name))
-        if self.idle_timeout is not None:
-            check_seconds("idle_timeout", self.idle_timeout)
+        for name in ("idle_timeout", "slow_task"):
+            if (value := getattr(self, name)) is not None:
+                check_seconds(name, value)
         for name in ("initializer", "finalizer"):
             if (value := getattr(self, name)) is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, not {value!r}")

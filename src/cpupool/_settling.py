@@ -12,7 +12,7 @@ import socket
 import sys
 
 from ._journal import Journal, open_journal
-from ._reports import STACKS_OFFSET
+from ._last_words import STACKS_OFFSET
 from ._usage import read_resident
 
 TYPE_CHECKING = False

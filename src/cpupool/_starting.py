@@ -68,6 +68,7 @@ class WorkerStarter:
     def __call__(self) -> WorkerProcess:
         """Start a worker process; `prepare` comes before."""
         from ._child import Duties
+        from ._logs import collect_levels
         from ._process import WorkerProcess
 
         settings = self._settings
@@ -77,6 +78,7 @@ class WorkerStarter:
             settings.finalizer,
             settings.serializer,
             weighs_itself=(settings.max_memory_per_child or settings.hard_memory_per_child) is not None,
+            log_levels=collect_levels(),
         )
         name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
         with _main_module_with_file():

@@ -13,8 +13,10 @@ the item that runs.
 
 Behind that stands what the running task has last reported (see `_reports`), and its number in the page.
 
-Behind that Python stacks are appended: by the interrupted task, and by `faulthandler` at a crash, and when the pool
-asks because an interrupt is not felt.
+Behind that stands the end of what the worker has written to standard error (see `_last_words`).
+
+Behind that Python stacks are appended: by the interrupted task, by one that the pool asks where it is, and by
+`faulthandler` at a crash, and when the pool asks because its signal is not felt.
 
 It runs in the workers too: stdlib only.
 """
@@ -30,6 +32,9 @@ STATUS_PAGE_SIZE = mmap.PAGESIZE
 PICKED_UP, STARTED, CONDEMNED, INTERRUPTED, FINISHED, STAGE, RESIDENT = range(7)
 CONDEMNED_ITEM, SENT, HELD, COLUMN, VOID, SINCE, CUT = range(7, 14)  # of a batch; SINCE in monotonic nanoseconds
 REPORTED, REPORTING = range(14, 16)  # see `_reports`
+ASKED, TOLD = range(16, 18)  # numbers of stacks: the last one that the pool wants, and the last one that was written
+SAID, SAID_BEFORE = range(18, 20)  # bytes written to standard error, see `_last_words`; before the running task
+LOGS_LOST = 20  # records, see `_logs`
 CELL_SIZE = 8
 BEFORE_FIRST = 2**64 - 2  # in CONDEMNED_ITEM: while the items are being unpickled
 EVERY_ITEM = NOT_BEGUN = NOT_NOW = 2**64 - 1  # in CONDEMNED_ITEM; in SENT until the items are there; in SINCE

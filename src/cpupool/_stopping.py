@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ._frames import Kind, ProtocolError
 from ._lease import Verdict
+from ._outcomes import name_task_of
 from ._status import BEFORE_FIRST, EVERY_ITEM
 from ._worker import State, WorkerGone
 
@@ -144,6 +145,7 @@ class Stopping:
         if worker.process.has_finished(lease.task_id):
             lease.deadline = math.inf  # its answer is there; the caller is late to read it
         elif self._dispatcher.doom(lease):
+            worker.last_task = name_task_of(lease)
             self._crew.kill(worker)
 
     # --- workers whose call was given up ---

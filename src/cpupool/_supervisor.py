@@ -26,10 +26,14 @@ from . import _roles
 from ._births import BREAKER_THRESHOLD, Births
 from ._crew import Crew
 from ._dispatch import Dispatcher
-from ._errors import PoolBroken, PoolClosed
+from ._errors import PoolBroken, PoolClosed, describe_exit
+from ._events import Event
 from ._inspection import describe_worker
 from ._lease import Lease, Verdict
+from ._log_keeper import LogKeeper
 from ._memory import SAMPLING_INTERVAL, MemoryGuard, OomWitness
+from ._outcomes import name_task_of
+from ._stacks import SlowTasks, Stacks
 from ._statistics import Statistics
 from ._stopping import Stopping
 from ._worker import State, Worker
@@ -37,6 +41,7 @@ from ._worker import State, Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._events import Announcer
     from ._settings import Settings
     from ._starting import WorkerStarter
     from ._waiting import Ticket
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
 Health: TypeAlias = Literal["ready", "degraded", "broken"]
 
 LONGEST_REPORT = 1.0  # seconds that a fork server has to report how an ended worker has ended
+LONGEST_TELLING = 1.0  # seconds that the end of a pool waits for who is told what has happened
 LONGEST_EXIT = 0.5  # seconds that a worker which has hung up in the middle of a call has to exit
 
 
@@ -58,10 +64,10 @@ class Supervisor:
         next_task_id: gives the next number.
         notify, look_by: see `Crew.wake` and `Crew.look_by`.
         idle_timeout: as in the settings.
-        sampling_interval: within so many seconds a task's memory must be looked at; None if there is no limit.
+        first_look: after so many seconds a task must be looked at: at its memory, or because it is slow; or None.
     """
 
-    def __init__(self, settings: Settings, starter: WorkerStarter) -> None:
+    def __init__(self, settings: Settings, starter: WorkerStarter, announcer: Announcer) -> None:
         self.name = settings.name
         self.finished = False
         self._crew = Crew()
@@ -77,11 +83,17 @@ class Supervisor:
         self.next_task_id = itertools.count(1).__next__
         self._settings = settings
         self._oom_witness = OomWitness()
-        self._births = Births(settings, starter, self._crew, self.dispatcher, self._oom_witness)
+        self._announcer = announcer
+        self._births = Births(settings, starter, self._crew, self.dispatcher, self._oom_witness, announcer)
         self._stopping = Stopping(settings.grace, self._crew, self.dispatcher)
         self._memory_guard = MemoryGuard(settings.hard_memory_per_child, self._crew, self.dispatcher)
         self.idle_timeout = settings.idle_timeout
-        self.sampling_interval = None if settings.hard_memory_per_child is None else SAMPLING_INTERVAL
+        self._stacks = Stacks(self.dispatcher)
+        self._slow_tasks = SlowTasks(settings.slow_task, settings.name, self.dispatcher, self._stacks, announcer)
+        self._log_keeper = LogKeeper(settings.name, self._crew, announcer)
+        sampling_interval = None if settings.hard_memory_per_child is None else SAMPLING_INTERVAL
+        looks = [each for each in (sampling_interval, settings.slow_task) if each is not None]
+        self.first_look = min(looks, default=None)
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._unstarted = [None]
@@ -209,6 +221,7 @@ class Supervisor:
         if worker is None:
             return  # it was taken over before
         worker.heir = heir
+        worker.last_task = name_task_of(lease)
         if worker.state is State.ENDED:
             self._close_worker(worker)
         elif worker in self._crew.workers and heir is not None and worker.deadline == math.inf:
@@ -247,6 +260,10 @@ class Supervisor:
         else:
             self._stop_tickets.append(ticket)
 
+    def dump_stacks(self, ticket: Ticket, pid: int | None) -> None:
+        """Settle the ticket with the stacks of all busy workers, or of that one; see `CpuPool.dump_stacks`."""
+        self._stacks.ask_all(ticket, pid)
+
     def close_by(self, deadline: float) -> None:
         """Take no more calls from `deadline` on, and interrupt what still runs then."""
         self._close_at = min(self._close_at, deadline)
@@ -274,6 +291,7 @@ class Supervisor:
                 self._births.refuse_while_broken()
                 if (worker := self._births.start_one_if_missing()) is not None:
                     self._crew.watch_end(worker, self._on_end)
+                    self._log_keeper.watch(worker)
                 self.dispatcher.serve_queue()
                 self.dispatcher.settle_warm_ups()
                 self._advance_stop()
@@ -283,7 +301,9 @@ class Supervisor:
         finally:
             self._births.close()
             self._crew.close()
+            self._stacks.give_up()
             self._carry_out_orders()  # what was posted while `finished` was not yet set
+            self._announcer.finish(LONGEST_TELLING)
             for ticket in self._stop_tickets:
                 ticket.settle()
 
@@ -301,6 +321,9 @@ class Supervisor:
             self._stopping.next_deadline(),
             self._births.next_deadline(),
             self._memory_guard.next_deadline(),
+            self._stacks.next_deadline(),
+            self._slow_tasks.next_deadline(),
+            self._log_keeper.next_deadline(),
             self._next_surplus(),
             self.dispatcher.next_queue_deadline(),
             self._killed_at if self._births.stopped else min(self._stop_at, self._close_at),
@@ -310,6 +333,9 @@ class Supervisor:
         self.dispatcher.expire_queue(now)
         self._stopping.enforce_deadlines(now)
         self._memory_guard.enforce_limit(now)
+        self._stacks.look(now)
+        self._slow_tasks.look(now)
+        self._log_keeper.resume(now)
         for worker in list(self._crew.workers):
             if worker.deadline <= now:
                 if worker.process.has_ended:
@@ -342,6 +368,9 @@ class Supervisor:
 
     def _recycle(self, worker: Worker) -> None:
         self.tally.count("recycled")
+        pid = worker.process.pid
+        text = f"worker {pid} leaves after {worker.tasks_done:,} tasks, and another takes its place"
+        self._announcer.announce(Event(kind="worker_recycled", pool=self.name, text=text, pid=pid))
         self._send_home(worker)
 
     def _send_home(self, worker: Worker) -> None:
@@ -364,8 +393,10 @@ class Supervisor:
 
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
+        self._log_keeper.finish(worker)
         if worker.state is not State.LEAVING and not self._births.stopped:
             self.tally.count("workers_died")
+            self._announcer.announce(self._tell_death(worker))
         if worker.was_killed_by_others:
             worker.oom = self._oom_witness.was_oom_kill()
         worker.state = State.ENDED
@@ -377,6 +408,23 @@ class Supervisor:
         if died_starting and not self._births.stopped:
             self._births.explain_death(worker)
         self._close_worker(worker)
+
+    def _tell_death(self, worker: Worker) -> Event:
+        """Make the event of a worker that has ended without being told to leave; its status may be unknown."""
+        death = worker.death(keep_stack=True)
+        task = worker.last_task or name_task_of(self.dispatcher.lease_of(worker))
+        if death.by_pool:
+            how = "was killed by the pool, because it did not come to an end in time"
+        elif death.excess is not None:
+            how = "was killed by the pool, because it held too much memory"
+        else:
+            how = describe_exit(death.exitcode, death.signal) + (", for want of memory," if death.oom else "")
+        text = f"worker {death.pid} {how}"
+        if worker.state is State.STARTING:
+            text += " before it was ready"
+        elif task is not None:
+            text += f" while it ran {task}"
+        return Event(kind="worker_died", pool=self.name, text=text, pid=death.pid, task=task, stack=death.crash_stack)
 
     def _close_worker(self, worker: Worker) -> None:
         self._crew.workers.discard(worker)

@@ -71,8 +71,8 @@ class Death:
 
     `stack` is what `faulthandler` wrote: at a crash, or else at an interrupt.  `by_pool` says that the pool itself has
     killed it to stop it.  `oom` says that it was for want of memory; `excess`, what it held and what it might,
-    if it was the pool that did not let it have more.  If it ran a batch, `has_begun` says that an item had, and
-    `journal` holds the results that it held back.
+    if it was the pool that did not let it have more.  `last_words` is what its task last wrote to standard error.  If
+    it ran a batch, `has_begun` says that an item had, and `journal` holds the results that it held back.
     """
 
     pid: int
@@ -83,6 +83,7 @@ class Death:
     by_pool: bool
     oom: bool | None
     excess: tuple[int, int] | None
+    last_words: str | None
     has_begun: bool
     journal: bytes | None
 
@@ -133,6 +134,7 @@ class Worker:
         oom: True if the kernel has killed it for want of memory; None if that cannot be known.
         excess: the bytes of memory for which the pool has killed it, and how many it was allowed; or None.
         heir: settled with its `Death` for the call that lost it.
+        last_task: the name of the task of that call, or of the one for which the pool kills it.
         tasks_left: how many it may still be given.
         tasks_done: how many it has answered.
         heard: when something last came from it, on the monotonic clock.
@@ -162,6 +164,7 @@ class Worker:
         "heir",
         "in_call",
         "known_shares",
+        "last_task",
         "max_memory",
         "oom",
         "process",
@@ -179,6 +182,7 @@ class Worker:
         self.born = self.heard = time.monotonic()
         self.deadline = deadline
         self.heir: Ticket | None = None
+        self.last_task: str | None = None
         self.was_killed = False
         self.oom: bool | None = False
         self.excess: tuple[int, int] | None = None
@@ -481,8 +485,8 @@ class Worker:
             return True
         return self.oom if is_known or self.was_killed else None
 
-    def death(self) -> Death:
-        """Describe how the ended process ended."""
+    def death(self, *, keep_stack: bool = False) -> Death:
+        """Describe how the ended process ended; with the stack, which is forgotten then, unless it is to be kept."""
         status = self.process.poll()
         if status == UNKNOWN_STATUS:
             status = None
@@ -491,7 +495,8 @@ class Worker:
             pid=self.process.pid,
             exitcode=None if died_of_signal else status,
             signal=-status if status is not None and died_of_signal else None,
-            stack=self.process.take_stack(),
+            stack=self.process.first_stack() if keep_stack else self.process.take_stack(),
+            last_words=self.process.last_words(),
             last_task_id=self.process.last_task_id(),
             by_pool=self.was_killed and self.excess is None,
             oom=self._was_oom_killed(is_known=status is not None),

@@ -1,0 +1,167 @@
+"""What happens to a pool, for those who want to know: callbacks, and the logger `cpupool`.
+
+Theory of operation: events come from the supervisor's thread, which must not wait for anybody's code.  So they, and the
+records that workers log, are queued, and a thread of their own hands them out, one after another.  It exists only while
+there are any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EventKind: TypeAlias = Literal[
+    "worker_started",
+    "worker_ready",
+    "worker_died",
+    "worker_recycled",
+    "breaker_opened",
+    "breaker_closed",
+    "task_slow",
+]
+
+logger = logging.getLogger("cpupool")
+
+_LEVELS: dict[str, int] = {
+    "worker_started": logging.DEBUG,
+    "worker_ready": logging.DEBUG,
+    "worker_died": logging.WARNING,
+    "worker_recycled": logging.INFO,
+    "breaker_opened": logging.ERROR,
+    "breaker_closed": logging.WARNING,
+    "task_slow": logging.WARNING,
+}
+if set(_LEVELS) != set(get_args(EventKind)):
+    raise AssertionError("each kind of event needs a level")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that has happened to a pool; `str(event)` is a sentence.
+
+    Attributes:
+        kind: "worker_started", "worker_ready" (its initializer has run), "worker_died" (without being told to leave),
+            "worker_recycled" (it leaves, and another takes its place), "breaker_opened" (workers fail to start, again
+            and again, and who asks for one is refused meanwhile), "breaker_closed", or "task_slow" (it runs longer than
+            the pool's `slow_task`).
+        pool: the pool's name.
+        text: what has happened, in words.
+        time: when, in seconds since the epoch.
+        pid: the worker's process id, if it is about one.
+        task: the label of the task that it runs, or the name of the function; None without one.
+        seconds: how long the worker took to be ready, or the task has run; else None.
+        stack: where the slow task is, or the crash was, in Python; None where that is not known.
+    """
+
+    kind: EventKind
+    pool: str
+    text: str
+    time: float = field(default_factory=time.time)
+    pid: int | None = None
+    task: str | None = None
+    seconds: float | None = None
+    stack: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.pool}: {self.text}"
+        return f"{text}\n{self.stack}" if self.stack else text
+
+
+class Announcer:
+    """Tells everybody of what happens to one pool; from any thread."""
+
+    def __init__(self) -> None:
+        self._callbacks: tuple[Callable[[Event], object], ...] = ()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what is queued, as a forked child does: it is the parent's."""
+        self._lock = threading.Lock()
+        self._queue: deque[Callable[[], object]] = deque()
+        self._thread: threading.Thread | None = None
+
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call `callback(event)` from now on, until what is returned is called."""
+        if not callable(callback):
+            raise TypeError(f"on_event takes a function with one argument, the event, not {callback!r}")
+        subscription = _Subscription(callback)
+        with self._lock:
+            self._callbacks = (*self._callbacks, subscription)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._callbacks = tuple(each for each in self._callbacks if each is not subscription)
+
+        return unsubscribe
+
+    def announce(self, event: Event) -> None:
+        """Tell everybody; it waits for nobody."""
+        if self._callbacks or logger.isEnabledFor(_LEVELS[event.kind]):
+            self.deliver(lambda: self._tell(event))
+
+    def deliver(self, delivery: Callable[[], object]) -> None:
+        """Call this in the thread, after what was queued before."""
+        with self._lock:
+            self._queue.append(delivery)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._work, name="cpupool-events", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads, or the program is ending: the next one tries again
+            self._thread = None
+
+    @property
+    def backlog(self) -> int:
+        """How many deliveries wait."""
+        return len(self._queue)
+
+    def finish(self, timeout: float) -> None:
+        """Wait until all is delivered that was queued before, or for so many seconds."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    return
+                delivery = self._queue.popleft()
+            try:
+                delivery()
+            except BaseException:  # a handler's or a filter's: the thread must go on
+                with contextlib.suppress(BaseException):
+                    logger.exception("an error while telling what happens to a pool")
+
+    def _tell(self, event: Event) -> None:
+        logger.log(_LEVELS[event.kind], "%s", event)
+        for callback in self._callbacks:
+            try:
+                callback(event)
+            except BaseException:
+                logger.exception("%s: the callback %r of on_event has failed", event.pool, callback)
+
+
+class _Subscription:
+    """A callback, each time it is subscribed another one."""
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, callback: Callable[[Event], object]) -> None:
+        self._callback = callback
+
+    def __call__(self, event: Event) -> object:
+        return self._callback(event)
+
+    def __repr__(self) -> str:
+        return repr(self._callback)
