@@ -89,12 +89,20 @@ def test_a_body_that_is_thrown_away_as_it_comes_does_not_disturb_the_next_frame(
     assert found == [(kind, task_id) for kind, task_id, _ in wanted]
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1), st.text(max_size=20), st.binary(max_size=100))
-def test_a_call_carries_its_attempt_and_label(task_id: int, attempt: int, label: str, call: bytes) -> None:
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(1, 2**32 - 1),
+    st.text(max_size=20),
+    st.binary(max_size=20),
+    st.binary(max_size=100),
+)
+def test_a_call_carries_its_attempt_label_and_context(
+    task_id: int, attempt: int, label: str, context: bytes, call: bytes
+) -> None:
     decoder = FrameDecoder()
-    decoder.feed(encode_call(task_id, attempt, label.encode(), call))
+    decoder.feed(encode_call(task_id, attempt, label.encode(), context, call))
     frame = decoder.next_frame()
     assert frame is not None
     assert (frame.kind, frame.task_id) == (Kind.CALL, task_id)
-    got_attempt, got_label, got_call = split_call(frame.body)
-    assert (got_attempt, got_label.decode(), bytes(got_call)) == (attempt, label, call)
+    got_attempt, got_label, got_context, got_call = split_call(frame.body)
+    assert (got_attempt, got_label.decode(), bytes(got_context), bytes(got_call)) == (attempt, label, context, call)

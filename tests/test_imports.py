@@ -46,6 +46,7 @@ LAYERS = [
         "_events",
         "_logs",
         "_last_words",
+        "_context",
     },
     {"_interrupts", "_replies", "_batches", "_child", "_preload", "_asyncio_waits", "_trio_waits"},
     {"_process", "_fork_server", "_lease", "_gate", "_dispatch"},
@@ -148,6 +149,7 @@ def test_a_worker_of_this_suite_loads_the_least() -> None:
     assert engine == {
         "_batches",
         "_child",
+        "_context",
         "_current",
         "_errors",
         "_files",

@@ -154,16 +154,16 @@ heads = st.builds(
 )
 
 
-@given(heads, st.binary(max_size=20), st.binary(max_size=20), st.binary(max_size=20))
-def test_a_batch_travels_whole(head: BatchHead, label: bytes, function: bytes, columns: bytes) -> None:
+@given(heads, *[st.binary(max_size=20)] * 4)
+def test_a_batch_travels_whole(head: BatchHead, label: bytes, context: bytes, function: bytes, columns: bytes) -> None:
     decoder = FrameDecoder()
-    decoder.feed(encode_batch(7, head, label, function, columns))
+    decoder.feed(encode_batch(7, head, label, context, function, columns))
     frame = decoder.next_frame()
     assert frame is not None
     assert (frame.kind, frame.task_id) == (Kind.BATCH, 7)
     found, *parts = split_batch(frame.body)
     assert found == head
-    assert list(map(bytes, parts)) == [label, function, columns]
+    assert list(map(bytes, parts)) == [label, context, function, columns]
     assert decoder.next_frame() is None
 
 
@@ -189,7 +189,7 @@ def returned_or_raised(item: Any) -> Any:
 def run(both: Both, items: list[Any], head: BatchHead) -> tuple[list[Any], list[Any]]:
     """Run a batch; return the kinds of frames and all results, by their numbers."""
     frames: list[bytes] = []
-    body = encode_batch(5, head, b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
+    body = encode_batch(5, head, b"", b"", dumps(returned_or_raised), dumps((items,)))[HEADER_SIZE:]
     batch = Frame(Kind.BATCH, 5, 0.0, memoryview(body))
     interrupts = Interrupts(both.journal.page, -1)
 

@@ -5,13 +5,14 @@ the bottom up; imports point only downward:
 
     0  _frames _payload _parcels _files _shared _errors _current _roles _waiting _apart _large _forking _checks
        _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources _statistics _usage
-       _events _logs _last_words
+       _events _logs _last_words _context
                           the wire, pickling, large values, streams and files of memory, what is shared, exceptions, the
                           running task, roles of a process, waiting, work apart from the event loop, large values seen
                           from there, forks, checks of arguments, settings, those from the environment, cutting, limits,
                           the page that pool and worker share, results that are not sent yet, progress, how a process
                           becomes a worker, sizes of batches, where their items come from, what is counted, what
-                          a process uses, what happens, what workers log, what they last wrote
+                          a process uses, what happens, what workers log, what they last wrote,
+                          what goes along with a call
     1  _interrupts _replies _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; large values in a worker; what runs there, and in a fork server;
                           waiting in a task

@@ -15,6 +15,7 @@ import pickle
 import time
 
 from . import _payload
+from ._context import in_context, skip_own_frames
 from ._current import Task, set_current_task
 from ._errors import STAGE_ARGUMENTS, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._frames import Kind, encode_frame, split_batch
@@ -27,7 +28,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
     from typing import Any
 
     from ._frames import BatchHead, Frame
@@ -55,14 +55,14 @@ def run_batch(
     batch = None
     interrupts.page[SENT] = NOT_BEGUN
     task_id, files = frame.task_id, frame.files
-    head, label, function, items = split_batch(frame.body)
+    head, label, context, function, items = split_batch(frame.body)
     own = count_files(function)
     arrivals = Arrival(function, files[:own], shares), Arrival(items, files[own:], shares)
     try:
         try:
             interrupts.arm(task_id)
             fn, columns = [arrival.unpack() for arrival in arrivals]
-            batch = _Run(task_id, fn, columns, head, interrupts, journal, serializer, channel)
+            batch = _Run(task_id, in_context(context, fn), columns, head, interrupts, journal, serializer, channel)
             set_current_task(lambda: Task(task_id, label.decode() or None, head.attempt, batch.item))
             batch.run()
         finally:
@@ -306,11 +306,5 @@ class _Run:
 
     def encode_error(self, error: BaseException) -> bytes:
         """Encode what an item raised, with the traceback from its own first line."""
-        error = error.with_traceback(_without_own_frames(error.__traceback__))
+        error = error.with_traceback(skip_own_frames(error.__traceback__, __file__))
         return encode_error(error, STAGE_TASK, dumps=self._serializer.dumps)
-
-
-def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return trace

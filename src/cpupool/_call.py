@@ -11,6 +11,7 @@ no lock and waits for nothing: the supervisor does the rest behind the caller's 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import _payload
 from ._apart import pause_while, run_apart
+from ._context import TaskFailed, carrying
 from ._errors import QueueTimeout, decode_error, describe_callable
 from ._frames import Kind, encode_call
 from ._large import is_light, send_off, unload
@@ -56,7 +58,7 @@ _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 class Errand(Protocol):
     """What a worker can be sent."""
 
-    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
+    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer; see `Worker.exchange`."""
         ...
 
@@ -158,22 +160,26 @@ class Call:
             supervisor.tally.count("retried")
             lease.begin(supervisor.next_task_id())
 
-    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
+    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
-        packed, on_report = self._packed, self._options.on_report
-        if on_report is not None:
-            return with_reports(worker, on_report, waits, lambda waits: self._send_to(worker, task_id, waits))
-        if isinstance(packed, bytes):
-            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, packed), waits)
-        return self._send_to(worker, task_id, waits)
+        task_id, packed, options = lease.task_id, self._packed, self._options
+        if options.on_report is None and not options.carriers and isinstance(packed, bytes):
+            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, b"", packed), waits)
+        return exchange_in_context(
+            lease,
+            lambda context: with_reports(
+                worker, options.on_report, waits, lambda waits: self._send_to(worker, task_id, context, waits)
+            ),
+        )
 
-    def _send_to(self, worker: Worker, task_id: int, waits: ChannelWaits) -> Awaitable[Frame]:
+    def _send_to(self, worker: Worker, task_id: int, context: bytes, waits: ChannelWaits) -> Awaitable[Frame]:
         packed = self._packed
         if isinstance(packed, bytes):
-            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, packed), waits)
+            call = encode_call(task_id, self._attempt, self._label, context, packed)
+            return worker.exchange(task_id, call, waits)
         shipment = send_off(packed, worker.known_shares)
         files, tail = len(shipment.descriptors), shipment.tail_size
-        call = encode_call(task_id, self._attempt, self._label, shipment.head, files=files, tail=tail)
+        call = encode_call(task_id, self._attempt, self._label, context, shipment.head, files=files, tail=tail)
         return worker.exchange_large(task_id, call, waits, shipment)
 
     def _make_error(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Exception:
@@ -232,7 +238,7 @@ async def run_attempt(
         if worker.tasks_left <= tasks:
             supervisor.post(dispatcher.replace, worker)
         try:
-            reply = await errand.exchange(worker, lease.task_id, waits)
+            reply = await errand.exchange(worker, lease, waits)
         except WorkerGone:
             return await _learn_death(lease, supervisor, waits)
         outcome = reply if lease.verdict is None else read_interruption(reply, worker)
@@ -303,13 +309,28 @@ async def _wait_at_gate(
         raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
+async def exchange_in_context(lease: Lease[Worker], exchange: Callable[[bytes], Awaitable[Frame]]) -> Frame:
+    """Exchange frames with the context that goes along with the call, packed; see `_context`."""
+    options: CallOptions = lease.options  # type: ignore[assignment]  # those of this call
+    fn: Callable[..., object] = lease.fn  # type: ignore[assignment]
+    if not options.carriers:
+        return await exchange(b"")
+    with contextlib.suppress(TaskFailed), carrying(options.carriers, name_task(fn, options), lease.queued) as context:
+        reply = await exchange(context)
+        if reply.kind is not Kind.RESULT:
+            raise TaskFailed
+    return reply
+
+
 async def with_reports(
     worker: Worker,
-    on_report: Callable[[Any], object],
+    on_report: Callable[[Any], object] | None,
     waits: Waits,
-    exchange: Callable[[ReportingWaits], Awaitable[Frame]],
+    exchange: Callable[[ChannelWaits], Awaitable[Frame]],
 ) -> Frame:
     """Pass on what a task reports while its answer is waited for, and last what it has reported before that."""
+    if on_report is None:
+        return await exchange(waits)
     process = worker.process
     reporting = ReportingWaits(waits, process.read_report, process.last_report(), on_report)
     try:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from . import _payload, _roles, _settling
 from ._batches import run_batch
+from ._context import in_context, skip_own_frames
 from ._current import Task, set_current_task, set_reporter
 from ._errors import STAGE_ARGUMENTS, STAGE_RESULT, STAGE_TASK, TaskInterrupted, encode_error, encode_unpicklable
 from ._files import ANCILLARY_FLAGS, ANCILLARY_SIZE, disclose, map_private
@@ -65,9 +66,10 @@ class Duties:
         serializer: how it pickles results.
         weighs_itself: True if it writes down how much memory it holds after each task.
         log_levels: see `forward_logs`.
+        title: how its process is to be called, or None.
     """
 
-    __slots__ = ("finalizer", "initargs", "initializer", "log_levels", "serializer", "weighs_itself")
+    __slots__ = ("finalizer", "initargs", "initializer", "log_levels", "serializer", "title", "weighs_itself")
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Duties:
         serializer: str = "pickle",
         weighs_itself: bool = False,
         log_levels: Mapping[str, int] = MappingProxyType({}),
+        title: str | None = None,
     ) -> None:
         self.initializer = initializer
         self.initargs = initargs
@@ -84,6 +87,7 @@ class Duties:
         self.serializer = serializer
         self.weighs_itself = weighs_itself
         self.log_levels = log_levels
+        self.title = title
 
     def __reduce__(self) -> tuple[object, ...]:
         return Duties, (
@@ -93,6 +97,7 @@ class Duties:
             self.serializer,
             self.weighs_itself,
             dict(self.log_levels),
+            self.title,
         )
 
 
@@ -204,6 +209,8 @@ def main(setup: Setup | PickledSetup) -> None:
         set_reporter(Reporter(page, setup.status, serializer.dumps))
         setup.logs.setblocking(False)
         forward_logs(setup.logs, page, duties.log_levels)
+        set_state = _open_title(duties.title)
+        set_state("starting")
         page[STAGE] = STAGE_INITIALIZING
         if duties.initializer is not None:
             duties.initializer(*duties.initargs)
@@ -217,11 +224,24 @@ def main(setup: Setup | PickledSetup) -> None:
     page[STAGE] = STAGE_READY
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the pool has gone
         channel.sendall(encode_frame(Kind.READY))
-        _serve(channel, decoder, interrupts, journal, serializer, shares, weighs_itself=duties.weighs_itself)
+        set_state("idle")
+        _serve(channel, decoder, interrupts, journal, serializer, shares, set_state, weighs_itself=duties.weighs_itself)
+    set_state("leaving")
     if duties.finalizer is not None:
         run_finalizer(duties.finalizer)
     atexit._run_exitfuncs()  # a forked process ends without them
     _flush_output(load_libc=True)
+
+
+def _open_title(title: str | None) -> Callable[[str], object]:
+    """Return what shows a state in the process's title, for `ps` and `top`; it does nothing without setproctitle."""
+    if title is None:
+        return bool  # it does nothing
+    try:
+        from setproctitle import setproctitle
+    except ImportError:
+        return bool  # the worker runs elsewhere than its program
+    return lambda state: setproctitle(f"{title}: {state}")
 
 
 def run_finalizer(finalizer: Callable[[], object]) -> None:
@@ -250,6 +270,7 @@ def _serve(
     journal: Journal,
     serializer: Serializer,
     shares: dict[int, Any],
+    set_state: Callable[[str], object],
     *,
     weighs_itself: bool,
 ) -> None:
@@ -258,6 +279,7 @@ def _serve(
             shares.pop(int.from_bytes(frame.body, "little"), None)
             continue
         task_id = frame.task_id
+        set_state("busy")
         if frame.kind is Kind.BATCH:
             reply: bytes | Reply = run_batch(frame, interrupts, journal, serializer, shares, channel)
         else:
@@ -267,6 +289,7 @@ def _serve(
         _flush_output()
         if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
+        set_state("idle")
         interrupts.page[SAID_BEFORE] = interrupts.page[SAID]
         interrupts.page[FINISHED] = task_id
         if isinstance(reply, bytes):
@@ -302,13 +325,15 @@ def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shar
     stage = STAGE_ARGUMENTS
     result: object = None
     began = seconds = 0.0
-    attempt, label, call = split_call(frame.body)
+    attempt, label, context, call = split_call(frame.body)
     arrival = Arrival(call, files, shares) if files else None
     try:
         try:
             interrupts.arm(task_id)
             set_current_task(Task(task_id, label.decode() if label else None, attempt))
             fn, args, kwargs = unpack(call, shares=shares) if arrival is None else arrival.unpack()
+            if context:
+                fn = in_context(context, fn)
             stage = STAGE_TASK
             began = time.perf_counter()
             result = fn(*args, **kwargs)
@@ -327,8 +352,7 @@ def _run_call(frame: Frame, interrupts: Interrupts, serializer: Serializer, shar
             return encode_frame(kind, task_id, encode_unpicklable(error, result), seconds=seconds)
         if stage is STAGE_TASK:
             seconds = time.perf_counter() - began
-            if error.__traceback__ is not None:
-                error = error.with_traceback(error.__traceback__.tb_next)  # from the task's own first line
+            error = error.with_traceback(skip_own_frames(error.__traceback__, __file__))
         return encode_frame(kind, task_id, encode_error(error, stage, dumps=serializer.dumps), seconds=seconds)
     if isinstance(packed, bytes):
         return encode_frame(Kind.RESULT, task_id, packed, seconds=seconds)

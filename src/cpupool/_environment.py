@@ -88,6 +88,19 @@ def _function(text: str) -> Callable[..., object]:
     return function
 
 
+def _variables(text: str) -> tuple[object, ...]:
+    found = []
+    for each in _names(text):
+        module, _, name = each.partition(":")
+        try:
+            found.append(getattr(importlib.import_module(module), name))
+        except Exception as error:
+            raise ValueError(
+                f"it must be a list of modules and variables in them, like 'package.module:variable': {error}"
+            ) from error
+    return tuple(found)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -138,6 +151,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "max_inflight_bytes": _bytes,
     "retries": _int,
     "serializer": str,
+    "context": _variables,
     "slow_task": _seconds,
     "name": str,
 }

@@ -37,10 +37,10 @@ class Kind(enum.IntEnum):
 # padding.
 _HEADER = struct.Struct("<BBQQd")
 HEADER_SIZE = _HEADER.size
-# A CALL's body begins with four bytes of attempt and four of label length.
-_CALL = struct.Struct("<II")
+# A CALL's body begins with four bytes of attempt, four of label length and four of context length.
+_CALL = struct.Struct("<III")
 _CALL_SIZE = _CALL.size
-_CALL_HEADER = struct.Struct("<BBQQdII")
+_CALL_HEADER = struct.Struct("<BBQQdIII")
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -90,17 +90,21 @@ def encode_frame(
     return _HEADER.pack(kind, files, task_id, len(body) + tail, seconds) + body
 
 
-def encode_call(task_id: int, attempt: int, label: bytes, call: bytes, *, files: int = 0, tail: int = 0) -> bytes:
-    """Return the bytes of a CALL frame: which attempt it is, the label, and the packed call; as `encode_frame`."""
-    size = _CALL_SIZE + len(label) + len(call) + tail
-    return _CALL_HEADER.pack(Kind.CALL, files, task_id, size, 0.0, attempt, len(label)) + label + call
+def encode_call(
+    task_id: int, attempt: int, label: bytes, context: bytes, call: bytes, *, files: int = 0, tail: int = 0
+) -> bytes:
+    """Return the bytes of a CALL frame: which attempt it is, label, context and the packed call; as `encode_frame`."""
+    size = _CALL_SIZE + len(label) + len(context) + len(call) + tail
+    header = _CALL_HEADER.pack(Kind.CALL, files, task_id, size, 0.0, attempt, len(label), len(context))
+    return header + label + context + call
 
 
-def split_call(body: memoryview) -> tuple[int, bytes, memoryview]:
-    """Return the attempt, the label and the pickled call from the body of a CALL frame."""
-    attempt, size = _CALL.unpack_from(body)
-    end = _CALL_SIZE + size
-    return attempt, bytes(body[_CALL_SIZE:end]), body[end:]
+def split_call(body: memoryview) -> tuple[int, bytes, memoryview, memoryview]:
+    """Return the attempt, the label, the context and the pickled call from the body of a CALL frame."""
+    attempt, label_size, context_size = _CALL.unpack_from(body)
+    label_end = _CALL_SIZE + label_size
+    end = label_end + context_size
+    return attempt, bytes(body[_CALL_SIZE:label_end]), body[label_end:end], body[end:]
 
 
 class BatchHead(NamedTuple):
@@ -125,25 +129,34 @@ class BatchHead(NamedTuple):
     is_timed: bool
 
 
-# Attempt, first, limit, budget, hold, the two flags; the lengths of label and pickled function.
-_BATCH = struct.Struct("<IQQdd??IQ")
+# Attempt, first, limit, budget, hold, the two flags; the lengths of label, context and pickled function.
+_BATCH = struct.Struct("<IQQdd??IIQ")
 
 
 def encode_batch(
-    task_id: int, head: BatchHead, label: bytes, function: bytes, items: bytes, *, files: int = 0, tail: int = 0
+    task_id: int,
+    head: BatchHead,
+    label: bytes,
+    context: bytes,
+    function: bytes,
+    items: bytes,
+    *,
+    files: int = 0,
+    tail: int = 0,
 ) -> bytes:
-    """Return the bytes of a BATCH frame: its head, the label, the packed function and items; as `encode_frame`."""
-    body = _BATCH.pack(*head, len(label), len(function)) + label + function + items
+    """Return the bytes of a BATCH frame: its head, label, context, packed function and items; as `encode_frame`."""
+    body = _BATCH.pack(*head, len(label), len(context), len(function)) + label + context + function + items
     return encode_frame(Kind.BATCH, task_id, body, files=files, tail=tail)
 
 
-def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryview]:
-    """Return head, label, pickled function and pickled items from the body of a BATCH frame."""
-    *head, label_size, function_size = _BATCH.unpack_from(body)
+def split_batch(body: memoryview) -> tuple[BatchHead, bytes, memoryview, memoryview, memoryview]:
+    """Return head, label, context, pickled function and pickled items from the body of a BATCH frame."""
+    *head, label_size, context_size, function_size = _BATCH.unpack_from(body)
     label_end = _BATCH.size + label_size
-    function_end = label_end + function_size
-    label, function = bytes(body[_BATCH.size : label_end]), body[label_end:function_end]
-    return BatchHead(*head), label, function, body[function_end:]
+    context_end = label_end + context_size
+    function_end = context_end + function_size
+    label, context = bytes(body[_BATCH.size : label_end]), body[label_end:context_end]
+    return BatchHead(*head), label, context, body[context_end:function_end], body[function_end:]
 
 
 class FrameDecoder:

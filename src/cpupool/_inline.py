@@ -19,6 +19,7 @@ from . import _payload, _roles
 from ._call import Call, check_function
 from ._calls import async_waits
 from ._child import run_finalizer
+from ._context import carrying, in_context, skip_own_frames
 from ._current import Task, set_current_task, set_reporter
 from ._errors import (
     STAGE_ARGUMENTS,
@@ -257,14 +258,15 @@ class InlineCall(Call):
         try:
             packed = self._packed
             fn, args, kwargs = _payload.loads(packed) if isinstance(packed, bytes) else packed.rebuild()
-            stage, began = STAGE_TASK, time.monotonic()
-            result = fn(*args, **kwargs)
-            self._ran = time.monotonic() - began
+            with carrying(options.carriers, name, 0.0) as context:
+                stage, began = STAGE_TASK, time.monotonic()
+                result = in_context(context, fn)(*args, **kwargs)
+                self._ran = time.monotonic() - began
         except BaseException as error:
             if is_for_the_program(error):
                 raise
             self._check_time(began)
-            trace = error.__traceback__ and error.__traceback__.tb_next  # from the task's own first line
+            trace = skip_own_frames(error.__traceback__, __file__)  # from the task's own first line
             arrived = decode_error(
                 encode_error(error.with_traceback(trace), stage, dumps=options.serializer.dumps), name
             )

@@ -28,7 +28,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _payload
 from ._apart import pause_while, run_apart
-from ._call import check_function, pass_gate, run_attempt, with_reports
+from ._call import check_function, exchange_in_context, pass_gate, run_attempt, with_reports
 from ._checks import check_count
 from ._errors import TaskNotPicklable, decode_error
 from ._frames import BatchHead, Kind, encode_batch
@@ -453,7 +453,7 @@ class Flow:
         function = self._function
         return batch.packed_size + (len(function) if isinstance(function, bytes) else function.size)
 
-    def encode(self, batch: _Batch, task_id: int, worker: Worker) -> tuple[bytes, Shipment | None]:
+    def encode(self, batch: _Batch, task_id: int, context: bytes, worker: Worker) -> tuple[bytes, Shipment | None]:
         """Return the frame of a batch, and what belongs to it, for a worker, which is there now."""
         if not self._has_begun and self._tasks is not None:
             self._has_begun = True
@@ -469,7 +469,7 @@ class Flow:
         if not isinstance(function, bytes) or not isinstance(items, bytes):
             function, items, shipment = _ship_together(function, items, worker.known_shares)
         files, tail = (len(shipment.descriptors), shipment.tail_size) if shipment is not None else (0, 0)
-        return encode_batch(task_id, head, self._label, function, items, files=files, tail=tail), shipment
+        return encode_batch(task_id, head, self._label, context, function, items, files=files, tail=tail), shipment
 
     def look_ahead(self) -> None:
         """Prepare the next batch while others run; but not where bytes are counted, and it would hold some."""
@@ -644,14 +644,19 @@ class _Delivery(NamedTuple):
     flow: Flow
     batch: _Batch
 
-    def exchange(self, worker: Worker, task_id: int, waits: Waits) -> Awaitable[Frame]:
-        frame, shipment = self.flow.encode(self.batch, task_id, worker)
-        on_report, limit = self.flow.on_report, self.batch.limit
-        if on_report is None:
-            return worker.exchange_batch(task_id, frame, limit, waits, self, shipment)
-        return with_reports(
-            worker, on_report, waits, lambda waits: worker.exchange_batch(task_id, frame, limit, waits, self, shipment)
-        )
+    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
+        def send(context: bytes) -> Awaitable[Frame]:
+            task_id = lease.task_id
+            frame, shipment = self.flow.encode(self.batch, task_id, context, worker)
+            limit = self.batch.limit
+            return with_reports(
+                worker,
+                self.flow.on_report,
+                waits,
+                lambda waits: worker.exchange_batch(task_id, frame, limit, waits, self, shipment),
+            )
+
+        return exchange_in_context(lease, send)
 
     @property
     def first_look(self) -> float:

@@ -93,6 +93,9 @@ class CpuPool(PoolCalls):
             run twice: the worker may have died after it did its work.
         serializer: "pickle", or "cloudpickle" (an optional dependency) to send lambdas, functions inside functions, and
             what an interactive session defines.
+        context: context variables (`contextvars`) whose values go along with each call, as they are when it is sent.
+            They must stand at the top level of a module.  Each task has a context of its own, so nothing is left for
+            the next one.  Also what carries a context in another way, like `cpupool.opentelemetry.trace_context`.
         slow_task: seconds after which a task that still runs is told of, once, with its stack: as a warning in the log,
             and to `on_event`; by default never.
         name: for messages and thread names.
@@ -136,6 +139,7 @@ class CpuPool(PoolCalls):
         max_inflight_bytes: int | None = None,
         retries: int = 0,
         serializer: str = "pickle",
+        context: Sequence[Any] = (),
         slow_task: float | None = None,
         name: str = "CpuPool",
     ) -> None:
@@ -161,6 +165,7 @@ class CpuPool(PoolCalls):
             max_inflight_bytes=max_inflight_bytes,
             retries=retries,
             serializer=serializer,
+            context=tuple(context),
             slow_task=slow_task,
             name=name,
         )

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import _payload
 from ._checks import check_bytes, check_count, check_seconds
+from ._context import find_carrier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.context import BaseContext
+
+    from ._context import ContextCarrier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class Settings:
     max_inflight_bytes: int | None = None
     retries: int = 0
     serializer: str = "pickle"
+    context: tuple[Any, ...] = ()
     slow_task: float | None = None
     name: str = "CpuPool"
 
@@ -60,6 +64,8 @@ class Settings:
         for name in ("max_memory_per_child", "hard_memory_per_child", "max_inflight_bytes"):
             if (value := getattr(self, name)) is not None:
                 check_bytes(name, value)
+        if not isinstance(self.context, tuple):
+            raise TypeError(f"context must be a tuple of context variables, not {self.context!r}; for one write (it,)")
         self.call_options()
         for name in ("start_timeout", "grace", "drain"):
             check_seconds(name, getattr(self, name))
@@ -132,7 +138,11 @@ class Settings:
         """Return those settings that a call may change for itself."""
         serializer = _payload.get_serializer(self.serializer)
         return CallOptions(
-            timeout=self.timeout, queue_timeout=self.queue_timeout, retries=self.retries, serializer=serializer
+            timeout=self.timeout,
+            queue_timeout=self.queue_timeout,
+            retries=self.retries,
+            serializer=serializer,
+            carriers=tuple(map(find_carrier, self.context)),
         )
 
 
@@ -161,6 +171,7 @@ class CallOptions:
     on_start: Callable[[], object] | None = field(default=None, repr=False)
     background: bool = False
     serializer: _payload.Serializer = field(default=_payload.BY_NAME, repr=False)
+    carriers: tuple[ContextCarrier, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("timeout", "queue_timeout"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import itertools
 import os
 import sys
@@ -79,6 +81,7 @@ class WorkerStarter:
             settings.serializer,
             weighs_itself=(settings.max_memory_per_child or settings.hard_memory_per_child) is not None,
             log_levels=collect_levels(),
+            title=f"cpupool {settings.name}" if _has_setproctitle() else None,
         )
         name = f"{_roles.NAME_PREFIX}{next(self._numbers)}"
         with _main_module_with_file():
@@ -105,10 +108,12 @@ class WorkerStarter:
         return frame, shipment
 
     def _environment(self) -> dict[str, str]:
-        """Return a worker's environment: the program's, and each numerical library's share of the CPUs."""
+        """Return a worker's environment: the program's, with each numerical library's share of the CPUs."""
         from ._settling import OPENMP, THREAD_LIMIT_VARIABLES
 
         given = {**os.environ, **(self._settings.env or {})}
+        for name in _WITHHELD:
+            given.pop(name, None)
         limits = dict.fromkeys(THREAD_LIMIT_VARIABLES, str(self._threads))
         if OPENMP in given:
             limits = {}  # the other libraries follow it, unless they are told more
@@ -133,7 +138,15 @@ class WorkerStarter:
             self.server.stop()
 
 
+# Where the metrics of server processes are kept, in a file of each process that has any; those of workers would remain.
+_WITHHELD = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+
 _main_file: str | None = getattr(sys.modules.get("__main__"), "__file__", None)
+
+
+@functools.cache
+def _has_setproctitle() -> bool:
+    return importlib.util.find_spec("setproctitle") is not None
 
 
 @contextlib.contextmanager
