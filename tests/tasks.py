@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import ctypes
 import itertools
 import logging
@@ -20,6 +21,8 @@ from typing import Any, NoReturn
 import cpupool
 
 initialised: list[object] = []
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
+tenant: contextvars.ContextVar[object] = contextvars.ContextVar("tenant", default="nobody")
 
 
 def add(a: int, b: int = 0, *, c: int = 0) -> int:
@@ -829,3 +832,33 @@ def write_stderr_and_die(text: str) -> NoReturn:
     sys.stderr.write(text)
     sys.stderr.flush()
     os._exit(1)
+
+
+def read_context(new: object = None) -> tuple[str | None, object]:
+    """Return the context variables; then set one, which must not be seen by the next task."""
+    found = request_id.get(None), tenant.get()
+    if new is not None:
+        tenant.set(new)
+    return found
+
+
+def read_context_and_fail() -> NoReturn:
+    raise LookupError(str(read_context()))
+
+
+def start_span(name: str) -> tuple[str, str]:
+    """Return the trace id and the parent's span id, as a task sees them; and record a span, which goes nowhere."""
+    from opentelemetry import trace
+
+    current = trace.get_current_span().get_span_context()
+    with trace.get_tracer("task").start_as_current_span(name):
+        return format(current.trace_id, "032x"), format(current.span_id, "016x")
+
+
+def count_in_prometheus() -> str | None:
+    """Use a metric, as an application's own code does in a worker."""
+    import prometheus_client
+
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.Counter("images", "Images.", registry=registry).inc()
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")

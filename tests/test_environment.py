@@ -42,6 +42,8 @@ EXAMPLES = {
     "max_inflight_bytes": ("1.5G", 3 * 2**29),
     "retries": ("2", 2),
     "serializer": ("cloudpickle", "cloudpickle"),
+    "context": ("tasks:request_id, tasks:tenant", (tasks.request_id, tasks.tenant)),
+    "slow_task": ("2.5", 2.5),
     "name": ("images", "images"),
 }
 

@@ -70,6 +70,11 @@ class Event:
     seconds: float | None = None
     stack: str | None = None
 
+    @property
+    def level(self) -> int:
+        """The level on which it is logged; a death of which a caller is told is no warning."""
+        return logging.INFO if self.kind == "worker_died" and self.task is not None else _LEVELS[self.kind]
+
     def __str__(self) -> str:
         text = f"{self.pool}: {self.text}"
         return f"{text}\n{self.stack}" if self.stack else text
@@ -104,7 +109,7 @@ class Announcer:
 
     def announce(self, event: Event) -> None:
         """Tell everybody; it waits for nobody."""
-        if self._callbacks or logger.isEnabledFor(_LEVELS[event.kind]):
+        if self._callbacks or logger.isEnabledFor(event.level):
             self.deliver(lambda: self._tell(event))
 
     def deliver(self, delivery: Callable[[], object]) -> None:
@@ -144,7 +149,7 @@ class Announcer:
                     logger.exception("an error while telling what happens to a pool")
 
     def _tell(self, event: Event) -> None:
-        logger.log(_LEVELS[event.kind], "%s", event)
+        logger.log(event.level, "%s", event)
         for callback in self._callbacks:
             try:
                 callback(event)

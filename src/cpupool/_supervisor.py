@@ -394,11 +394,11 @@ class Supervisor:
     def _end(self, worker: Worker) -> None:
         died_starting = worker.state is State.STARTING
         self._log_keeper.finish(worker)
+        if worker.was_killed_by_others:
+            worker.oom = self._oom_witness.was_oom_kill()
         if worker.state is not State.LEAVING and not self._births.stopped:
             self.tally.count("workers_died")
             self._announcer.announce(self._tell_death(worker))
-        if worker.was_killed_by_others:
-            worker.oom = self._oom_witness.was_oom_kill()
         worker.state = State.ENDED
         worker.deadline = math.inf
         self._crew.unwatch_channel(worker)
