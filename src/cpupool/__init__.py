@@ -33,12 +33,13 @@ the bottom up; imports point only downward:
                           CpuPool and its views; what it shares with all workers; one without workers; the process's
                           default pool; functions that run in one
     9  __init__            this file
-    10 executor domains progress asgi testing _job jobs _doctor
+    10 executor domains progress asgi testing _job jobs _doctor prometheus opentelemetry
                           a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
-                          tests of applications; one background job, and all of them
+                          tests of applications; one background job, and all of them; metrics; traces
     11 _answers _pytest_plugin __main__
                           what clients are told of errors; fixtures for pytest; the command line
-    12 _job_routes         background jobs over HTTP
+    12 _job_routes _dashboard
+                          background jobs over HTTP; a live page
     13 starlette           applications of Starlette
     14 fastapi             those of FastAPI
 """
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from ._errors import ResultNotPicklable as ResultNotPicklable
     from ._errors import TaskInterrupted as TaskInterrupted
     from ._errors import TaskNotPicklable as TaskNotPicklable
+    from ._errors import TaskStopped as TaskStopped
     from ._errors import TaskTimeout as TaskTimeout
     from ._errors import WorkerDied as WorkerDied
     from ._events import Event as Event
@@ -120,6 +122,7 @@ _HOMES = {
     "Task": "_current",
     "TaskInterrupted": "_errors",
     "TaskNotPicklable": "_errors",
+    "TaskStopped": "_errors",
     "TaskTimeout": "_errors",
     "WorkerDied": "_errors",
     "WorkerStatistics": "_statistics",

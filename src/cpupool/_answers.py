@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import InitializerFailed, PoolBroken, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied
+from . import InitializerFailed, PoolBroken, PoolClosed, PoolFull, QueueTimeout, TaskStopped, TaskTimeout, WorkerDied
 from .jobs import JobCancelled, JobExpired, JobNotFound
 
 
@@ -32,6 +32,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     PoolFull: Answer(503, _BUSY, 1013),
     QueueTimeout: Answer(503, _BUSY, 1013),
     TaskTimeout: Answer(504, TOO_LONG, 1011),
+    TaskStopped: Answer(503, CANCELLED, 1011),
     PoolClosed: Answer(503, _UNAVAILABLE, 1012),
     PoolBroken: Answer(503, _UNAVAILABLE, 1011),
     InitializerFailed: Answer(503, _UNAVAILABLE, 1011),

@@ -106,6 +106,26 @@ class TaskTimeout(CpuPoolError, TimeoutError):
         return f"{message}\n{self.stack}" if self.stack else message
 
 
+class TaskStopped(CpuPoolError):
+    """Somebody has stopped the task, with `CpuPool.interrupt`.
+
+    Attributes:
+        task: the function it was running, or the call's label.
+        ran: how long it had run, in seconds.
+        stack: the Python stack where it was, or None.
+    """
+
+    def __init__(self, task: str, ran: float, stack: str | None) -> None:
+        super().__init__(task, ran, stack)
+        self.task = task
+        self.ran = ran
+        self.stack = stack
+
+    def __str__(self) -> str:
+        message = f"{self.task} was stopped on request after {self.ran:.3g} s"
+        return f"{message}\n{self.stack}" if self.stack else message
+
+
 class QueueTimeout(CpuPoolError, TimeoutError):
     """No worker came free for the call within its `queue_timeout`; it has not run.
 

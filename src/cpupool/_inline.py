@@ -100,6 +100,7 @@ class InlineSupervisor:
         self.max_workers = settings.max_workers or 1
         self.closed = False
         self.is_running = False
+        self.is_closing = False
         self._settings = settings
         self._close_at = float("inf")
         self._tasks = 0
@@ -196,6 +197,9 @@ class InlineSupervisor:
 
     def dump_stacks(self, ticket: Ticket, pid: int | None) -> None:  # noqa: ARG002
         ticket.settle({})
+
+    def interrupt(self, ticket: Ticket, pid: int) -> None:  # noqa: ARG002
+        ticket.settle(False)
 
     def post(self, order: Callable[..., object], *args: object) -> None:
         order(*args)

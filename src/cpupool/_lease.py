@@ -21,6 +21,7 @@ class Verdict(enum.Enum):
     TIMED_OUT = "timed out"
     GIVEN_UP = "given up"  # by its caller, who is gone
     POOL_CLOSED = "pool closed"
+    INTERRUPTED = "interrupted"  # by `CpuPool.interrupt`
 
 
 class Lease(Generic[W]):

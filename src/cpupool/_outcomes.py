@@ -10,6 +10,7 @@ from ._errors import (
     PoolClosed,
     RemoteTraceback,
     ResultNotPicklable,
+    TaskStopped,
     TaskTimeout,
     WorkerDied,
     decode_traceback,
@@ -82,6 +83,8 @@ def make_stop_error(
     if lease.verdict is Verdict.TIMED_OUT:
         ran = lease.interrupted - (lease.item_started or lease.started)
         error = TaskTimeout(name_task(fn, options), options.timeout or 0.0, lease.queued, ran, outcome.stack)
+    elif lease.verdict is Verdict.INTERRUPTED:
+        error = TaskStopped(name_task(fn, options), lease.interrupted - lease.started, outcome.stack)
     else:
         error = PoolClosed(pool)
     if isinstance(outcome, Interruption):

@@ -225,6 +225,11 @@ class CpuPool(PoolCalls):
         return self._dispatcher.closed
 
     @property
+    def is_closing(self) -> bool:
+        """True once the pool has been told to close, also by `close_soon`, while it still takes calls."""
+        return self._dispatcher.closed or self._supervisor.is_closing
+
+    @property
     def health(self) -> Health:
         """Whether the pool works, in a word.
 
@@ -251,16 +256,34 @@ class CpuPool(PoolCalls):
         Args:
             pid: ask only that worker.
         """
+        stacks: dict[int, str] = self._ask_supervisor("dump_stacks", pid, default={})
+        return stacks
+
+    def interrupt(self, pid: int) -> bool:
+        """Stop the task that a worker runs, as a timeout does: its caller gets `TaskStopped`.
+
+        Of a `map` it ends the whole.  From any thread.
+
+        Args:
+            pid: the worker's process id, as in `statistics()`.
+
+        Returns:
+            True if it runs one, and that is being stopped.
+        """
+        found: bool = self._ask_supervisor("interrupt", pid, default=False)
+        return found
+
+    def _ask_supervisor(self, order: str, *args: Any, default: Any) -> Any:
+        """Have the supervisor's thread carry out an order that settles a ticket, and return what it says."""
         supervisor = self._supervisor
         if not supervisor.is_running:
-            return {}
+            return default
         supervisor.refuse_in_its_thread()
         waits = BlockingWaits()
         ticket = waits.ticket()
-        supervisor.post(supervisor.dump_stacks, ticket, pid)
+        supervisor.post(getattr(supervisor, order), ticket, *args)
         run_to_end(waits.settled(ticket))
-        stacks: dict[int, str] = ticket.result()
-        return stacks
+        return ticket.result()
 
     def on_event(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call `callback(event)` when something happens to the pool: see `Event`.  Returns what ends that.
@@ -367,6 +390,7 @@ class CpuPool(PoolCalls):
         has been told to end, and ends when its requests are answered; it may be called in a signal handler.
         """
         if self._supervisor.is_running:
+            self._supervisor.is_closing = True
             self._supervisor.post(self._supervisor.close_by, time.monotonic() + self._drain(drain))
 
     def _drain(self, drain: float | None) -> float:

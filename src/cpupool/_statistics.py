@@ -12,7 +12,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from ._errors import InitializerFailed, PoolBroken, PoolClosed, PoolFull, QueueTimeout, TaskTimeout, WorkerDied
+from ._errors import (
+    InitializerFailed,
+    PoolBroken,
+    PoolClosed,
+    PoolFull,
+    QueueTimeout,
+    TaskStopped,
+    TaskTimeout,
+    WorkerDied,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -119,7 +128,8 @@ class Statistics:
         succeeded: their callers have their results.
         failed: they raised, or what they returned could not be sent.
         timed_out: they ran longer than their `timeout`.
-        cancelled: their callers gave them up, or have left the stream; also what a `map` that fails had still to do.
+        cancelled: their callers gave them up, or have left the stream, or somebody has stopped them; also what a `map`
+            that fails had still to do.
         died: their workers died.
         refused: they have not run, because of `max_pending`, `queue_timeout`, a closed pool, or no worker to be had.
         retried: attempts after a worker died.
@@ -164,6 +174,8 @@ _REFUSALS = (PoolFull, QueueTimeout, PoolClosed, PoolBroken, InitializerFailed)
 def outcome_of(error: BaseException, *, has_run: bool) -> Outcome:
     """Return as what a task counts whose caller gets this error."""
     if not isinstance(error, Exception) or (has_run and isinstance(error, PoolClosed)):
+        return "cancelled"
+    if isinstance(error, TaskStopped):
         return "cancelled"
     if isinstance(error, TaskTimeout):
         return "timed_out"

@@ -59,6 +59,7 @@ class Supervisor:
     Attributes:
         name: the pool's.
         finished: True when it has stopped and all its workers are gone.
+        is_closing: set it when `close_by` is posted.
         dispatcher: lends the workers that are ready.
         tally: counts what becomes of the calls.
         next_task_id: gives the next number.
@@ -70,6 +71,7 @@ class Supervisor:
     def __init__(self, settings: Settings, starter: WorkerStarter, announcer: Announcer) -> None:
         self.name = settings.name
         self.finished = False
+        self.is_closing = False
         self._crew = Crew()
         self.notify, self.look_by = self._crew.wake, self._crew.look_by
         self.dispatcher: Dispatcher[Worker] = Dispatcher(
@@ -263,6 +265,14 @@ class Supervisor:
     def dump_stacks(self, ticket: Ticket, pid: int | None) -> None:
         """Settle the ticket with the stacks of all busy workers, or of that one; see `CpuPool.dump_stacks`."""
         self._stacks.ask_all(ticket, pid)
+
+    def interrupt(self, ticket: Ticket, pid: int) -> None:
+        """Interrupt the task of that worker; settles the ticket with True, or with False if it runs none."""
+        leases = [lease for lease in self.dispatcher.leases() if lease.started and lease.verdict is None]
+        found = [lease for lease in leases if lease.worker is not None and lease.worker.process.pid == pid]
+        for lease in found:
+            self._stopping.interrupt(lease, Verdict.INTERRUPTED)
+        ticket.settle(bool(found))
 
     def close_by(self, deadline: float) -> None:
         """Take no more calls from `deadline` on, and interrupt what still runs then."""

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import CpuPoolError, PoolFull, PoolNotStarted
 from ._answers import ANSWERS, answer_to
+from ._dashboard import dashboard
 from ._job_routes import JobStatus, accepted, routes
 from .asgi import closing_on_signals
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "JobStatus",
     "accepted",
+    "dashboard",
     "exception_handlers",
     "get_pool",
     "health_route",
