@@ -29,9 +29,9 @@ the bottom up; imports point only downward:
     7  _call _segments _map _stream _driver _executor
                           one call on its way; many items, and their results; calls through concurrent.futures, and
                           their thread
-    8  _calls _share _pool _inline _default _offload
-                          CpuPool and its views; what it shares with all workers; one without workers; the process's
-                          default pool; functions that run in one
+    8  _calls _share _door _pool _inline _default _offload
+                          CpuPool and its views; what it shares with all workers; looking in from outside; one without
+                          workers; the process's default pool; functions that run in one
     9  __init__            this file
     10 executor domains progress asgi testing _job jobs _doctor prometheus opentelemetry
                           a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ._default import default_pool as default_pool
     from ._default import run as run
     from ._default import run_sync as run_sync
+    from ._door import allow_inspection as allow_inspection
     from ._errors import CpuPoolError as CpuPoolError
     from ._errors import InitializerFailed as InitializerFailed
     from ._errors import PoolBroken as PoolBroken
@@ -126,6 +127,7 @@ _HOMES = {
     "TaskTimeout": "_errors",
     "WorkerDied": "_errors",
     "WorkerStatistics": "_statistics",
+    "allow_inspection": "_door",
     "chunked": "_chunks",
     "configure_default": "_default",
     "current_task": "_current",

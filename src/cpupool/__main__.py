@@ -1,4 +1,4 @@
-"""The command line: `python -m cpupool domains PATH...` and `python -m cpupool doctor`."""
+"""The command line: `python -m cpupool domains PATH...`, `doctor [PID]` and `stacks PID`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import anyio
 
 from . import CpuPool, CpuPoolError, __version__, _doctor, domains, usable_cpus
+from ._door import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_OPEN = "has to be started with CPUPOOL_INSPECT=1, or to call cpupool.allow_inspection()"
 EXIT_OK, EXIT_PARTIAL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -64,10 +66,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "doctor",
-        help="print what a pool would use here, and why",
-        description="Print what a pool would use here, and why.",
+        help="print what a pool would use here, and why; or how the pools of a running program are",
+        description="Print what a pool would use here, and why; or how the pools of a running program are.",
     )
+    command.add_argument("pid", nargs="?", type=_positive, metavar="PID", help=f"a program; it {_OPEN}")
     command.set_defaults(command=_doctor_command)
+
+    command = commands.add_parser(
+        "stacks",
+        help="print where the tasks of a running program are, in Python",
+        description=f"Print where the tasks of a running program are, in Python. It {_OPEN}.",
+    )
+    command.add_argument("pid", type=_positive, metavar="PID", help="the program's process id, not a worker's")
+    command.set_defaults(command=_stacks)
     return parser
 
 
@@ -149,9 +160,34 @@ def _print_json(extraction: domains.Extraction, files: int, seconds: float, top:
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def _doctor_command(_: argparse.Namespace) -> int:
-    for name, value in _doctor.diagnose():
-        print(f"{name:16s} {value}")
+def _doctor_command(options: argparse.Namespace) -> int:
+    if options.pid is None:
+        findings = [_doctor.diagnose()]
+    else:
+        findings = [_doctor.describe_pool(pool) for pool in ask(options.pid, "statistics")]
+        if not findings:
+            print(f"no pool runs in process {options.pid}")
+    for number, finding in enumerate(findings):
+        if number:
+            print()
+        for name, value in finding:
+            print(f"{name:16s} {value}")
+    return EXIT_OK
+
+
+# --- stacks -----------------------------------------------------------------------------------------------------------
+
+
+def _stacks(options: argparse.Namespace) -> int:
+    pools = ask(options.pid, "stacks")
+    busy = [(pool, worker) for pool in pools for worker in pool["workers"] if str(worker["pid"]) in pool["stacks"]]
+    for pool, worker in busy:
+        task = f"{worker['task']}, for {worker['seconds']:.3g} s" if worker["task"] else "a task"
+        print(f"{pool['name']}: worker {worker['pid']} runs {task}")
+        print(pool["stacks"][str(worker["pid"])] + "\n")
+    if not busy:
+        names = ", ".join(pool["name"] for pool in pools)
+        print(f"no worker is busy ({names})" if pools else f"no pool runs in process {options.pid}")
     return EXIT_OK
 
 

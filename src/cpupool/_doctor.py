@@ -1,4 +1,4 @@
-"""What a pool would use on this machine, and why, in words: for `python -m cpupool doctor`."""
+"""What a pool would use on this machine, and why; and how one is: in words, for `python -m cpupool doctor`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+from typing import Any
 
-from . import __version__
+from . import Histogram, __version__
 from ._process import DEFAULT_START_METHOD
 from ._sizing import Limits, measure_limits
+
+_OPTIONAL = ("opentelemetry-api", "prometheus-client", "rich", "setproctitle", "trio", "uvloop")
 
 
 def diagnose() -> list[tuple[str, str]]:
@@ -27,8 +30,40 @@ def diagnose() -> list[tuple[str, str]]:
         ("cpupool", __version__),
         ("Python", f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}"),
         ("anyio", importlib.metadata.version("anyio")),
-        *((name, _optional(name)) for name in ("rich", "trio", "uvloop")),
+        *((name, _optional(name)) for name in _OPTIONAL),
     ]
+
+
+def describe_pool(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return subjects and findings about a running pool; `found` is its `statistics()`, as a dictionary."""
+    counters = ("submitted", "succeeded", "failed", "timed_out", "cancelled", "died", "refused", "retried")
+    lives = ("workers_started", "workers_died", "recycled")
+    states = [f"{found[state]} {state}" for state in ("busy", "idle", "starting")]
+    times = {"queue_wait": "waiting", "run_time": "running", "overhead": "overhead"}
+    return [
+        ("pool", found["name"]),
+        ("workers", f"{', '.join(states)}; {found['max_workers']} at most"),
+        ("calls waiting", f"{found['pending']:,}"),
+        ("tasks", ", ".join(f"{found[name]:,} {name.replace('_', ' ')}" for name in counters)),
+        ("processes", ", ".join(f"{found[name]:,} {name.replace('_', ' ')}" for name in lives)),
+        *((subject, _describe_times(found[name])) for name, subject in times.items()),
+        *((f"worker {worker['pid']}", _describe_worker(worker)) for worker in found["workers"]),
+    ]
+
+
+def _describe_times(found: dict[str, Any]) -> str:
+    times = Histogram(tuple(found["bounds"]), tuple(found["counts"]), found["sum"])
+    if not times.count:
+        return "no task yet"
+    half, most = times.quantile(0.5), times.quantile(0.99)
+    return f"{times.mean:.3g} s on average, half at most {half:g} s, 99 % at most {most:g} s"
+
+
+def _describe_worker(found: dict[str, Any]) -> str:
+    task = f" with {found['task']} for {found['seconds']:.3g} s" if found["task"] else ""
+    memory = "" if found["resident_bytes"] is None else f", {found['resident_bytes'] / 2**20:.1f} MiB"
+    cpu = "" if found["cpu_seconds"] is None else f", {found['cpu_seconds']:.3g} s of CPU time"
+    return f"{found['state']}{task}; {found['tasks_done']:,} tasks done{memory}{cpu}, {found['age']:.3g} s old"
 
 
 def _why(limits: Limits) -> str:

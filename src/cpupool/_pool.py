@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from ._call import Call
 from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
+from ._door import allow_inspection, is_inspection_wanted
 from ._errors import PoolClosed
 from ._events import Announcer
 from ._forking import at_fork
+from ._roles import in_worker, is_importing_main
 from ._settings import Settings
 from ._share import Share
 from ._starting import WorkerStarter
@@ -173,6 +175,8 @@ class CpuPool(PoolCalls):
         self._announcer = Announcer()
         self._set_up()
         _pools.add(self)
+        if is_inspection_wanted() and not (in_worker() or is_importing_main()):
+            allow_inspection()
 
     @classmethod
     def from_env(cls, prefix: str = "CPUPOOL_", **overrides: Any) -> Self:
