@@ -58,6 +58,7 @@ bench: $(DEV)/.for-all  ## measure
 	$(DEV)/bin/python benchmarks/lives.py
 	$(DEV)/bin/python benchmarks/many_items.py
 	$(DEV)/bin/python benchmarks/web.py
+	$(DEV)/bin/python benchmarks/seeing_inside.py
 	$(DEV)/bin/python benchmarks/large_data.py
 
 clean:  ## remove all that was installed and built

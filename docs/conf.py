@@ -34,7 +34,7 @@ nitpick_ignore_regex = [
     (r"py:.+", r"(fastapi|starlette)\..+"),
     (
         r"py:.+",
-        r"(AbstractAsyncContextManager|APIRouter|ClientDisconnect|FastAPI|HTTPConnection|Request|Response|Route)",
+        r"(AbstractAsyncContextManager|APIRouter|ClientDisconnect|CollectorRegistry|FastAPI|HTTPConnection|Request|Response|Router?)",
     ),
     (r"py:class", r"(cpupool\.asgi\.)?Application"),  # any ASGI application
     (r"py:class", r"(cpupool\._supervisor\.)?Health"),  # three words

@@ -31,7 +31,7 @@ def test_a_block_of_the_documentation_runs(block: str, run_script: RunScript) ->
 
 
 EXAMPLES = PROJECT / "examples"
-SERVERS = {"any_asgi.py", "fastapi_app.py", "starlette_app.py"}  # in test_servers
+SERVERS = {"any_asgi.py", "dashboard.py", "fastapi_app.py", "starlette_app.py"}  # in test_servers
 
 
 LONG = {"demo.py", "compare_servers.py"}

@@ -55,7 +55,7 @@ LAYERS = [
     {"_serving", "_births", "_stopping", "_memory", "_stacks", "_log_keeper"},
     {"_supervisor"},
     {"_call", "_segments", "_map", "_stream", "_driver", "_executor"},
-    {"_calls", "_share", "_door", "_pool", "_inline", "_default", "_offload"},
+    {"_calls", "_share", "_door", "_pool", "_protocol", "_inline", "_default", "_offload"},
     {"__init__"},
     {"executor", "domains", "progress", "asgi", "testing", "_job", "jobs", "_doctor", "prometheus", "opentelemetry"},
     {"_answers", "_pytest_plugin", "__main__"},

@@ -336,6 +336,14 @@ def test_the_starlette_example_works(serve: Serve) -> None:
     end(server)
 
 
+def test_the_example_with_a_live_page_works(serve: Serve) -> None:
+    server = serve("uvicorn", "--app-dir", str(EXAMPLES), "dashboard:app")
+    assert "<title>cpupool</title>" in server.get("/pool/").text
+    with httpx2.stream("GET", f"{server.url}/pool/events", timeout=30) as response:
+        assert '"name": "images"' in next(line for line in response.iter_lines() if '"workers"' in line)
+        end(server)
+
+
 def test_the_example_without_a_framework_works(serve: Serve) -> None:
     server = serve("uvicorn", "--app-dir", str(EXAMPLES), "any_asgi:app")
     assert httpx2.post(server.url, content=TEXT).json() == DOMAINS

@@ -29,9 +29,9 @@ the bottom up; imports point only downward:
     7  _call _segments _map _stream _driver _executor
                           one call on its way; many items, and their results; calls through concurrent.futures, and
                           their thread
-    8  _calls _share _door _pool _inline _default _offload
+    8  _calls _share _door _pool _protocol _inline _default _offload
                           CpuPool and its views; what it shares with all workers; looking in from outside; one without
-                          workers; the process's default pool; functions that run in one
+                          workers; what all pools can do; the process's default pool; functions that run in one
     9  __init__            this file
     10 executor domains progress asgi testing _job jobs _doctor prometheus opentelemetry
                           a drop-in for ProcessPoolExecutor; the reference workload; progress bars; ASGI applications;
@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     from ._executor import PoolExecutorFace as PoolExecutorFace
     from ._offload import offload as offload
     from ._pool import CpuPool as CpuPool
+    from ._protocol import Calls as Calls
+    from ._protocol import Pool as Pool
     from ._roles import in_worker as in_worker
     from ._settings import Settings as Settings
     from ._share import Share as Share
@@ -98,12 +100,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Calls": "_protocol",
     "CpuPool": "_pool",
     "CpuPoolError": "_errors",
     "CpuPoolView": "_calls",
     "Event": "_events",
     "Histogram": "_statistics",
     "InitializerFailed": "_errors",
+    "Pool": "_protocol",
     "PoolBroken": "_errors",
     "PoolClosed": "_errors",
     "PoolExecutor": "executor",

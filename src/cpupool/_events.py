@@ -109,8 +109,9 @@ class Announcer:
 
     def announce(self, event: Event) -> None:
         """Tell everybody; it waits for nobody."""
-        if self._callbacks or logger.isEnabledFor(event.level):
-            self.deliver(lambda: self._tell(event))
+        callbacks = self._callbacks  # of those who have asked before
+        if callbacks or logger.isEnabledFor(event.level):
+            self.deliver(lambda: _tell(event, callbacks))
 
     def deliver(self, delivery: Callable[[], object]) -> None:
         """Call this in the thread, after what was queued before."""
@@ -148,13 +149,14 @@ class Announcer:
                 with contextlib.suppress(BaseException):
                     logger.exception("an error while telling what happens to a pool")
 
-    def _tell(self, event: Event) -> None:
-        logger.log(event.level, "%s", event)
-        for callback in self._callbacks:
-            try:
-                callback(event)
-            except BaseException:
-                logger.exception("%s: the callback %r of on_event has failed", event.pool, callback)
+
+def _tell(event: Event, callbacks: tuple[Callable[[Event], object], ...]) -> None:
+    logger.log(event.level, "%s", event)
+    for callback in callbacks:
+        try:
+            callback(event)
+        except BaseException:
+            logger.exception("%s: the callback %r of on_event has failed", event.pool, callback)
 
 
 class _Subscription:

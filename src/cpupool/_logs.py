@@ -88,9 +88,10 @@ def forward_logs(channel: socket.socket, page: memoryview, levels: Mapping[str, 
 
 
 def pack_record(record: logging.LogRecord) -> bytes:
-    """Pickle a record as text: what cannot be pickled of its extra attributes becomes its `repr`."""
+    """Pickle a record: its message as text, or as the dictionary that structlog makes; what cannot be, as `repr`."""
     fields: dict[str, Any] = dict(record.__dict__)
-    fields["msg"] = record.getMessage()
+    if record.args or not isinstance(record.msg, dict):
+        fields["msg"] = record.getMessage()
     fields["args"] = None
     fields["processName"] = str(record.processName)  # that of a worker is more than it seems (see `WorkerProcess`)
     if record.exc_info:

@@ -66,4 +66,4 @@ class TraceContext:
             context.detach(token)
 
 
-trace_context = TraceContext()
+trace_context: TraceContext = TraceContext()
