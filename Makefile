@@ -1,5 +1,6 @@
 # Needs python3 (3.11 or later) with its venv module, and nothing else: each target installs what it uses.
-# .venv has what a user of the package has, and pytest; .venv-dev has all the tools.
+# .venv has what a user of the package has, and pytest; .venv-dev has all the tools.  The tests of the live page look for
+# chromium and chromedriver, and are skipped without (Debian: chromium, chromium-driver).
 
 PYTHON ?= python3
 VENV := .venv
