@@ -196,7 +196,7 @@ async def test_on_event_survives_the_end_of_a_pool() -> None:
 # --- stacks ---
 
 
-async def test_the_stacks_of_busy_workers(tmp_path: Path) -> None:
+async def test_d6_the_stacks_of_busy_workers(tmp_path: Path) -> None:
     gates = [tasks.Gate(tmp_path / str(number)) for number in range(2)]
     async with CpuPool(3) as pool:
         assert pool.dump_stacks() == {}

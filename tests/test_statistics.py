@@ -274,7 +274,7 @@ async def _use_inline_flow() -> None:
 # --- times ---
 
 
-async def test_times_are_told_apart(tmp_path: Path) -> None:
+async def test_d6_times_are_told_apart(tmp_path: Path) -> None:
     async with CpuPool(1) as pool:
         await pool.run(tasks.add, 1)
         before = pool.statistics()

@@ -245,7 +245,8 @@ class CpuPool(PoolCalls):
     def statistics(self) -> Statistics:
         """Return what is known of the pool: its workers now, and what was counted since it was started.
 
-        From any thread; it takes some 50 microseconds for each worker, most of them to ask the system what they use.
+        From any thread, but not in a signal handler.  It takes some 50 microseconds for each worker, most of them to
+        ask the system what they use.
         Entering a closed pool again begins to count anew.
         """
         return self._supervisor.statistics()
@@ -254,8 +255,8 @@ class CpuPool(PoolCalls):
         """Return where the tasks of all busy workers are, in Python, by the workers' process ids.
 
         It does not disturb them: they write it down in between and go on.  That works in C code too, also where that
-        holds the GIL.  From any thread; it takes some milliseconds, and a quarter of a second where a process does not
-        answer, which the text says then.
+        holds the GIL.  From any thread, but not in a signal handler; it takes some milliseconds, and a quarter of a
+        second where a process does not answer, which the text says then.
 
         Args:
             pid: ask only that worker.
@@ -266,7 +267,7 @@ class CpuPool(PoolCalls):
     def interrupt(self, pid: int) -> bool:
         """Stop the task that a worker runs, as a timeout does: its caller gets `TaskStopped`.
 
-        Of a `map` it ends the whole.  From any thread.
+        Of a `map` it ends the whole.  From any thread, but not in a signal handler.
 
         Args:
             pid: the worker's process id, as in `statistics()`.
