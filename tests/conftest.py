@@ -46,7 +46,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
 # Where the way of a call differs between event loops.  Elsewhere uvloop, which waits as asyncio does, comes with the
 # slow tests; and where it is about the workers, trio too.
 EACH_LOOP_AT_ONCE = {"test_calls", "test_adversity", "test_offload"}
-ONE_LOOP_AT_ONCE = {"test_large_data", "test_lives", "test_one_bad_call"}
+ONE_LOOP_AT_ONCE = {
+    *("test_context", "test_events", "test_large_data", "test_lives", "test_one_bad_call", "test_prometheus"),
+    "test_statistics",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import os
@@ -201,15 +202,19 @@ async def test_nothing_is_lost_when_anything_happens() -> None:
     assert sum(ends(pool.statistics()).values()) == 200
 
 
-async def test_a_call_may_be_given_up_where_no_lock_may_be_taken() -> None:
+def test_a_call_may_be_given_up_where_no_lock_may_be_taken() -> None:
     """Its coroutine may be closed by a garbage collection, in the middle of anything."""
-    async with CpuPool(1) as pool:
-        coroutine = pool.run(tasks.sleep_long)
-        coroutine.send(None)
-        with pool._dispatcher._lock:
-            coroutine.close()
-        found = await quiet(pool)
-        assert ends(found) == {"cancelled": 1}
+
+    async def main() -> None:
+        async with CpuPool(1) as pool:
+            coroutine = pool.run(tasks.sleep_long)
+            coroutine.send(None)
+            with pool._dispatcher._lock:
+                coroutine.close()
+            found = await quiet(pool)
+            assert ends(found) == {"cancelled": 1}
+
+    asyncio.run(main())
 
 
 def test_threads_count_together() -> None:
