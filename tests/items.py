@@ -313,6 +313,11 @@ def return_or_raise(item: object) -> object:
     return item
 
 
+def work_and_negate(seconds: float) -> float:
+    work(seconds)
+    return -1.5
+
+
 def sleep_or_die(seconds: float) -> None:
     if seconds < 0:
         os._exit(1)

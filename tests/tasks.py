@@ -862,3 +862,25 @@ def count_in_prometheus() -> str | None:
     registry = prometheus_client.CollectorRegistry()
     prometheus_client.Counter("images", "Images.", registry=registry).inc()
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+
+
+def log_awkwardly(name: str) -> None:
+    logger = logging.getLogger(name)
+    logger.warning("many", extra={f"extra{number}": "x" * 10_000 for number in range(20)})
+    logger.warning("\N{GRINNING FACE}" * 30_000, extra={"more": "\N{GRINNING FACE}" * 30_000}, stack_info=True)
+    logger.warning("no way back", extra={"extra": RefusesToUnpickle()})
+    logger.warning({"event": "hello", "user": 1})
+
+
+def log_many(name: str, count: int, size: int) -> None:
+    for _ in range(count):
+        logging.getLogger(name).warning("x" * size)
+
+
+def fork_and_speak() -> None:
+    pid = os.fork()
+    if pid == 0:
+        print("an orphan speaks", file=sys.stderr, flush=True)
+        logging.getLogger("orphan").warning("and logs")
+        os._exit(0)
+    os.waitpid(pid, 0)

@@ -14,7 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import cpupool.testing
+import items
 import tasks
+from conftest import RunScript
 from cpupool import CpuPool
 from cpupool.opentelemetry import trace_context
 
@@ -110,6 +112,45 @@ async def test_d4_inline_as_well() -> None:
         assert await pool.run(tasks.read_context) == ("r1", "nobody")
 
 
+def test_d4_executors_take_the_submitter_s_context() -> None:
+    with CpuPool(1, context=BOTH) as pool, pool.as_executor() as executor:
+        submitted = []
+        for name in ("alice", "bob", "carol"):
+            context = contextvars.copy_context()
+            context.run(tasks.request_id.set, name)
+            submitted.append(context.run(executor.submit, tasks.read_context))
+        assert [future.result() for future in submitted] == [(name, "nobody") for name in ("alice", "bob", "carol")]
+
+
+async def test_d4_values_are_pickled_as_the_pool_s_serializer_does() -> None:
+    tasks.tenant.set(lambda: "made by a lambda")
+    async with CpuPool(1, context=BOTH, serializer="cloudpickle") as pool:
+        assert await pool.run(lambda: str(tasks.tenant.get()())) == "made by a lambda"  # type: ignore[operator]
+
+
+async def test_d4_a_value_that_cannot_be_rebuilt() -> None:
+    tasks.tenant.set(tasks.RefusesToUnpickle())
+    async with CpuPool(1, context=BOTH) as pool:
+        with pytest.raises(cpupool.TaskNotPicklable, match="the pool's context cannot be rebuilt in the worker"):
+            await pool.run(tasks.read_context)
+
+
+def test_d4_a_variable_that_the_main_module_has_imported(run_script: RunScript) -> None:
+    done = run_script("""
+import asyncio, cpupool, tasks
+from tasks import tenant
+
+async def main():
+    async with cpupool.CpuPool(1, context=(tenant,)) as pool:
+        tenant.set("somebody")
+        print(pool._options.carriers, await pool.run(tasks.read_context))
+
+if __name__ == "__main__":
+    asyncio.run(main())
+""")
+    assert (done.stdout, done.stderr) == ("(tasks:tenant,) (None, 'somebody')\n", "")
+
+
 # --- OpenTelemetry ---
 
 
@@ -181,6 +222,12 @@ async def test_spans_of_calls_that_fail_or_are_given_up(spans: InMemorySpanExpor
         assert found[name].status.status_code is trace.StatusCode.ERROR
     assert found["given up"].end_time is not None
     assert found["tasks.start_span"].status.status_code is trace.StatusCode.UNSET
+
+
+async def test_the_span_of_a_batch_with_a_failure(spans: InMemorySpanExporter) -> None:
+    async with CpuPool(1, context=(trace_context,)) as pool:
+        await pool.map(items.return_or_raise, [1, KeyError(), 2], return_exceptions=True, chunksize=3)
+    assert by_name(spans)["items.return_or_raise"].status.status_code is trace.StatusCode.ERROR
 
 
 async def test_without_a_provider_nothing_happens() -> None:

@@ -244,7 +244,7 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: webdriver.Chrome) -> Non
         )
         assert all(resource.startswith(url.removesuffix("pool/")) for resource in resources)
         assert complaints(browser) == []
-    wait_for_text(browser, "updated", "no connection")
+    wait_for_text(browser, "trouble", "the pool is closed")
 
 
 def test_the_button_that_interrupts(tmp_path: Path, browser: webdriver.Chrome) -> None:

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 import cpupool
@@ -149,6 +151,21 @@ async def test_a_slow_task_in_a_map_and_one_that_holds_the_gil() -> None:
         assert "in hold_gil_forever" in ((await wait_for(listener, "task_slow")).stack or "")
 
 
+async def test_a_caller_that_is_late_makes_no_task_slow(caplog: pytest.LogCaptureFixture) -> None:
+    async with CpuPool(1, slow_task=0.2) as pool:
+        listener = Listener(pool)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.run, tasks.busy, 0.01)
+            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint()
+            time.sleep(0.6)  # noqa: ASYNC251  # it is the event loop that is slow
+        await pool.map(tasks.busy, [0.05] * 10, chunksize=10)
+        await pool.map(tasks.busy, [0.01, 0.4, 0.01, 0.5], chunksize=4)
+        slow = [await wait_for(listener, "task_slow"), await wait_for(listener, "task_slow")]
+        assert all(0.2 <= (event.seconds or 0) < 0.5 for event in slow)
+    assert "task_slow" not in [event.kind for event in list(listener.events.queue)]
+
+
 async def test_callbacks_fail_and_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
     async with CpuPool(1) as pool:
 
@@ -252,6 +269,44 @@ async def test_tasks_are_not_disturbed_by_being_asked() -> None:
             assert await pool.run(tasks.busy, 0.1) is not None
         is_over = True
     assert pool.statistics().workers_died == 0
+
+
+async def test_a_task_that_is_c_code_itself() -> None:
+    async with CpuPool(1, slow_task=0.1) as pool, anyio.create_task_group() as group:
+        listener = Listener(pool)
+        group.start_soon(pool.run, time.sleep, 0.5)
+        slow = await wait_for(listener, "task_slow")
+        assert "it is in time.sleep itself, which is C code" in (slow.stack or "")
+        (stack,) = (await anyio.to_thread.run_sync(pool.dump_stacks)).values()
+        assert "it is in time.sleep itself, which is C code" in stack
+
+
+async def test_a_task_that_does_not_stop_is_there_too() -> None:
+    async with CpuPool(1, grace=3) as pool:
+        with anyio.move_on_after(0.2):
+            await pool.run(tasks.swallow_interrupts)
+        with anyio.fail_after(2):
+            while (worker := pool.statistics().workers[0]).state != "stopping":
+                await anyio.sleep(0.001)
+        assert worker.task == "tasks.swallow_interrupts"
+        assert list(await anyio.to_thread.run_sync(pool.dump_stacks)) == [worker.pid]
+
+
+async def test_an_interrupted_map_ends_even_if_its_item_goes_on() -> None:
+    async with CpuPool(1) as pool, anyio.create_task_group() as group:
+
+        async def interrupt() -> None:
+            with anyio.fail_after(20):
+                while not pool.statistics().busy:
+                    await anyio.sleep(0.001)
+                pid = pool.statistics().workers[0].pid
+                while "in swallow_interrupt" not in "".join(pool.dump_stacks().values()):
+                    await anyio.sleep(0.001)
+                assert await anyio.to_thread.run_sync(pool.interrupt, pid)
+
+        group.start_soon(interrupt)
+        with pytest.raises(cpupool.TaskStopped):
+            await pool.map(items.swallow_interrupt, range(3), chunksize=3)
 
 
 async def test_a_stopped_worker_does_not_answer() -> None:
@@ -381,6 +436,77 @@ async def test_d2_what_a_worker_logs_before_it_dies_arrives(records: pytest.LogC
     assert len(of(records, "app.init")) >= 1
 
 
+async def test_d2_whatever_is_in_a_record_it_arrives(records: pytest.LogCaptureFixture) -> None:
+    async with CpuPool(1) as pool:
+        await pool.run(tasks.log_awkwardly, "app.awkward")
+    found = of(records, "app.awkward")
+    assert [record.getMessage()[:20] for record in found] == [
+        "many",
+        "\N{GRINNING FACE}" * 20,
+        "no way back",
+        "{'event': 'hello', '",
+    ]
+    assert "_RefusesToUnpickle" in found[2].__dict__["extra"] or "RefusesToUnpickle" in found[2].__dict__["extra"]
+    assert found[3].msg == {"event": "hello", "user": 1}, "as structlog wants it"
+    assert not of(records, "cpupool")
+
+
+async def test_d2_a_factory_of_records_is_asked_once(records: pytest.LogCaptureFixture) -> None:
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*args, **kwargs)
+        record.short = record.name.split(".")[-1]
+        return record
+
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(make)
+    try:
+        async with CpuPool(1) as pool:
+            await pool.run(tasks.log, "app.made", logging.WARNING, "here")
+    finally:
+        logging.setLogRecordFactory(before)
+    assert len(of(records, "app.made")) == 1
+
+
+async def test_d2_what_waits_for_a_slow_handler_is_bounded(records: pytest.LogCaptureFixture) -> None:
+    go_on = threading.Event()
+
+    class Blocks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+            go_on.wait(30)
+
+    handler = Blocks()
+    logging.getLogger("app.large").addHandler(handler)
+    try:
+        async with CpuPool(1) as pool:
+            for _ in range(3):
+                await pool.run(tasks.log_many, "app.large", 400, 60_000)
+            keeper = pool._supervisor._log_keeper
+            assert keeper._delivered - keeper._handled < 2 * 16 * 2**20
+            go_on.set()
+    finally:
+        go_on.set()
+        logging.getLogger("app.large").removeHandler(handler)
+    assert any("are lost" in record.msg for record in of(records, "cpupool"))
+
+
+async def test_d2_a_slow_handler_gets_all_before_the_pool_has_ended() -> None:
+    got = []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(0.002)
+            got.append(record)
+
+    handler = Slow()
+    logging.getLogger("app.slow").addHandler(handler)
+    try:
+        async with CpuPool(1) as pool:
+            await pool.run(tasks.flood_log, "app.slow", 1000)
+    finally:
+        logging.getLogger("app.slow").removeHandler(handler)
+    assert len(got) == 1000
+
+
 async def test_d2_a_long_text_is_cut(records: pytest.LogCaptureFixture) -> None:
     async with CpuPool(1) as pool:
         await pool.run(tasks.log, "app.long", logging.WARNING, "x" * 1_000_000)
@@ -432,4 +558,12 @@ async def test_the_last_words_of_a_worker_are_in_the_error(capfd: pytest.Capture
         with pytest.raises(cpupool.WorkerDied) as caught:
             await pool.run(tasks.exit_at_once, 1)
         assert caught.value.stderr is None
+    async with CpuPool(1, initializer=tasks.write_stderr, initargs=("of the initializer\n",)) as pool:
+        with pytest.raises(cpupool.WorkerDied) as caught:
+            await pool.run(tasks.exit_at_once, 1)
+        assert caught.value.stderr is None, "it is none of the task's words"
+        await pool.run(tasks.fork_and_speak)
+        with pytest.raises(cpupool.WorkerDied) as caught:
+            await pool.run(tasks.exit_at_once, 1)
+        assert caught.value.stderr is None, "nor are those of a process that another one has forked"
     assert "before\nline 0\nline 1\n" in capfd.readouterr().err, "it stays what it was"

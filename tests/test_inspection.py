@@ -162,6 +162,36 @@ def test_nonsense_and_silence_keep_nobody_from_asking(door: Path, monkeypatch: p
         assert command_line("doctor", os.getpid()).returncode == 0
 
 
+def test_what_the_environment_asks_for_never_stops_a_program(runtime: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import cpupool\nif __name__ == '__main__':\n    print(cpupool.run_sync(abs, -1))\n")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "cpupool").mkdir(mode=0o755)
+    for folder in (str(tmp_path / "missing"), str(tmp_path / "open")):
+        env = environment(CPUPOOL_INSPECT="1", XDG_RUNTIME_DIR=folder)
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
+        assert done.stdout == "1\n"
+        assert ("cannot be looked into" in done.stderr) is (folder != str(tmp_path / "missing"))
+    assert runtime
+
+
+def test_who_asks_need_not_have_the_program_s_environment(program: tuple[subprocess.Popen[bytes], int]) -> None:
+    """A service has no XDG_RUNTIME_DIR, a login shell has."""
+    process, _ = program
+    env = environment(CPUPOOL_INSPECT="1")
+    env.pop("XDG_RUNTIME_DIR", None)
+    code = "import cpupool, sys; cpupool.run_sync(abs, 1); print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        done = command_line("doctor", other.pid, XDG_RUNTIME_DIR="/nonexistent")
+        assert (done.returncode, done.stderr) == (0, "")
+        other.communicate()
+    assert process.poll() is None
+
+
 def test_a_forked_child_leaves_the_door_to_its_parent(door: Path) -> None:
     cpupool.allow_inspection()
     pid = os.fork()

@@ -167,6 +167,16 @@ def test_a_batch_travels_whole(head: BatchHead, label: bytes, context: bytes, fu
     assert decoder.next_frame() is None
 
 
+@pytest.mark.parametrize("number", [-1, -1.5])
+def test_negative_numbers_are_no_errors(both: Both, number: float) -> None:
+    """Also where some of them are known already, and the rest is looked at."""
+    both.journal.begin()
+    assert both.journal.begin_numbers(number)
+    results = Results(both.journal.pack(1.0))
+    assert results.are_numbers
+    assert (results.count_errors(0), results.count_errors(1)) == (0, 0)
+
+
 # --- a batch that runs in this very process ---
 
 kinds = st.one_of(

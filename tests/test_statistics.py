@@ -276,6 +276,71 @@ async def _use_inline_flow() -> None:
         assert ends(pool.statistics()) == {"succeeded": 1, "failed": 1}
 
 
+async def test_negative_results_of_a_slow_batch_are_no_failures() -> None:
+    """The pool looks at the journal several times while it runs."""
+    async with CpuPool(2) as pool:
+        await pool.map(items.work_and_negate, [0.01] * 80, chunksize=40)
+        assert ends(await quiet(pool)) == {"succeeded": 80}
+
+
+async def test_what_is_counted_later_does_not_pile_up() -> None:
+    async with CpuPool(1) as pool:
+        for _ in range(20):
+            await pool.map(tasks.add, [1])
+            with anyio.move_on_after(0.001):
+                await pool.run(tasks.sleep_long)
+        await pool.run(tasks.add, 1)
+        assert len(pool._supervisor.tally._later) == 0
+
+
+async def test_what_a_task_raises_itself_is_its_failure() -> None:
+    async with CpuPool(1) as pool:
+        with pytest.raises(cpupool.PoolFull):
+            await pool.run(tasks.raise_exception, cpupool.PoolFull, 1, 1.0)
+        assert ends(pool.statistics()) == {"failed": 1}
+
+
+async def test_tasks_that_time_out_have_times_too() -> None:
+    async with CpuPool(1) as pool:
+        with pytest.raises(cpupool.TaskTimeout):
+            await pool.options(timeout=0.2).run(tasks.sleep_long)
+        found = pool.statistics()
+        assert (found.run_time.count, found.queue_wait.count) == (1, 1)
+        assert found.run_time.sum >= 0.2
+
+
+async def test_every_worker_that_was_started_ends_once(tmp_path: Path) -> None:
+    """Also one that is killed because it leaves too slowly; and one that a cancelled call has used up is told of."""
+    kinds: list[str] = []
+    pool = CpuPool(1, max_tasks_per_child=1, finalizer=tasks.sleep_long, grace=0.1)
+    pool.on_event(lambda event: kinds.append(event.kind))
+    async with pool:
+        for _ in range(3):
+            await pool.run(tasks.add, 1)
+        with anyio.move_on_after(0.05):
+            await pool.run(tasks.sleep_long)
+        found = pool.statistics()
+        with anyio.fail_after(20):
+            while kinds.count("worker_recycled") < 4 or [worker.state for worker in found.workers] != ["idle"]:
+                await anyio.sleep(0.001)
+                found = pool.statistics()
+        assert (found.recycled, found.workers_died) == (4, 0)
+        assert found.workers_started == 5
+    assert "worker_died" not in kinds
+
+
+async def test_a_failed_initializer_is_a_death() -> None:
+    pool = CpuPool(1, initializer=tasks.raise_exception, initargs=(KeyError,))
+    with pytest.raises(cpupool.InitializerFailed):
+        await pool.run(tasks.add, 1)
+    with anyio.fail_after(10):
+        while pool.statistics().workers:
+            await anyio.sleep(0.001)
+    found = pool.statistics()
+    assert (found.workers_started, found.workers_died, found.refused) == (1, 1, 1)
+    await pool.aclose()
+
+
 # --- times ---
 
 

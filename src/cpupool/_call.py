@@ -11,7 +11,6 @@ no lock and waits for nothing: the supervisor does the rest behind the caller's 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
@@ -24,7 +23,7 @@ from ._context import TaskFailed, carrying
 from ._errors import QueueTimeout, decode_error, describe_callable
 from ._frames import Kind, encode_call
 from ._large import is_light, send_off, unload
-from ._lease import Lease
+from ._lease import Lease, Verdict
 from ._outcomes import (
     Interruption,
     load_value,
@@ -116,17 +115,19 @@ class Call:
         """Have a worker run it, and return its value or raise its error; it counts in the pool's statistics."""
         tally = supervisor.tally
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=self._options.background)
-        tally.count("submitted")
         try:
+            tally.count("submitted")
             if supervisor.dispatcher.has_gate:
                 run = functools.partial(self._complete, lease, supervisor, waits)
                 return await pass_gate(lease, self._size, run, self._fn, self._options, supervisor, waits)
             return await self._complete(lease, supervisor, waits)
         except Exception as error:
-            tally.count(outcome_of(error, has_run=lease.started > 0))
+            if not lease.is_counted:
+                tally.count(outcome_of(error, has_run=lease.started > 0))
             raise
         except BaseException:
-            tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
+            if not lease.is_counted:
+                tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
             raise
 
     async def _complete(self, lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Any:
@@ -146,6 +147,7 @@ class Call:
                 else:
                     value = await self._unload(outcome, waits)
                 overhead = self._packing + time.monotonic() - lease.started - seconds
+                lease.is_counted = True
                 supervisor.tally.succeed(lease.queued, seconds, overhead)
                 return value
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
@@ -156,8 +158,9 @@ class Call:
                 if is_stopped:
                     raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
                 raise make_death_error(outcome, self._fn, self._options)
-            self._attempt += has_run
-            supervisor.tally.count("retried")
+            if has_run:
+                self._attempt += 1
+                supervisor.tally.count("retried")
             lease.begin(supervisor.next_task_id())
 
     def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
@@ -185,9 +188,13 @@ class Call:
     def _make_error(self, outcome: Frame | Interruption, lease: Lease[Worker], supervisor: Supervisor) -> Exception:
         """Make the error in an answer."""
         if isinstance(outcome, Interruption):
+            if lease.verdict is Verdict.TIMED_OUT:
+                supervisor.tally.note_times(lease.queued, lease.interrupted - lease.started, 0.0)
             return make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
         overhead = self._packing + time.monotonic() - lease.started - outcome.seconds
         supervisor.tally.note_times(lease.queued, outcome.seconds, overhead)
+        lease.is_counted = True
+        supervisor.tally.count("failed")  # whatever it is: the task has made it
         return decode_error(outcome.body, name_task(self._fn, self._options))
 
     async def _unload(self, answer: Frame, waits: Waits) -> Any:
@@ -309,16 +316,31 @@ async def _wait_at_gate(
         raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
-async def exchange_in_context(lease: Lease[Worker], exchange: Callable[[bytes], Awaitable[Frame]]) -> Frame:
+def _is_no_result(reply: Frame) -> bool:
+    return reply.kind is not Kind.RESULT
+
+
+async def exchange_in_context(
+    lease: Lease[Worker],
+    exchange: Callable[[bytes], Awaitable[Frame]],
+    has_failed: Callable[[Frame], bool] = _is_no_result,
+) -> Frame:
     """Exchange frames with the context that goes along with the call, packed; see `_context`."""
     options: CallOptions = lease.options  # type: ignore[assignment]  # those of this call
     fn: Callable[..., object] = lease.fn  # type: ignore[assignment]
     if not options.carriers:
         return await exchange(b"")
-    with contextlib.suppress(TaskFailed), carrying(options.carriers, name_task(fn, options), lease.queued) as context:
-        reply = await exchange(context)
-        if reply.kind is not Kind.RESULT:
-            raise TaskFailed
+    reply: Frame | None = None
+    dumps = options.serializer.dumps
+    try:
+        with carrying(options.carriers, name_task(fn, options), lease.queued, dumps) as context:
+            reply = await exchange(context)
+            if has_failed(reply):
+                raise TaskFailed
+    except TaskFailed:
+        pass
+    if reply is None:
+        raise WorkerGone  # a carrier has kept that to itself
     return reply
 
 

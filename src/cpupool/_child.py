@@ -194,12 +194,13 @@ def main(setup: Setup | PickledSetup) -> None:
     journal = _settling.open_status_file(setup.status)
     page = journal.page
     interrupts = Interrupts(page, setup.status)
-    os.register_at_fork(after_in_child=lambda: _become_no_worker(channel, interrupts))
+    when_forked: list[Callable[[], object]] = [lambda: _become_no_worker(channel, interrupts)]
+    os.register_at_fork(after_in_child=lambda: [each() for each in when_forked])
     await_interrupts(interrupts, setup.status)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # whole lines, and none lost in a crash
-    keep_last_words(page, setup.status)
+    when_forked.append(keep_last_words(page, setup.status))
     decoder = FrameDecoder()
     serializer = _payload.BY_NAME
     shares: dict[int, Any] = {}
@@ -208,7 +209,7 @@ def main(setup: Setup | PickledSetup) -> None:
         serializer = _payload.get_serializer(duties.serializer)
         set_reporter(Reporter(page, setup.status, serializer.dumps))
         setup.logs.setblocking(False)
-        forward_logs(setup.logs, page, duties.log_levels)
+        when_forked.append(forward_logs(setup.logs, page, duties.log_levels))
         set_state = _open_title(duties.title)
         set_state("starting")
         page[STAGE] = STAGE_INITIALIZING
@@ -280,6 +281,7 @@ def _serve(
             continue
         task_id = frame.task_id
         set_state("busy")
+        interrupts.page[SAID_BEFORE] = interrupts.page[SAID]
         if frame.kind is Kind.BATCH:
             reply: bytes | Reply = run_batch(frame, interrupts, journal, serializer, shares, channel)
         else:
@@ -290,7 +292,6 @@ def _serve(
         if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
         set_state("idle")
-        interrupts.page[SAID_BEFORE] = interrupts.page[SAID]
         interrupts.page[FINISHED] = task_id
         if isinstance(reply, bytes):
             channel.sendall(reply)

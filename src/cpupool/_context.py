@@ -91,7 +91,8 @@ def find_carrier(variable: object) -> ContextCarrier:
         if callable(getattr(variable, "carry", None)) and callable(getattr(variable, "restore", None)):
             return variable  # type: ignore[return-value]  # it is one
         raise TypeError(f"context must hold context variables, not {variable!r}")
-    for module_name, module in list(sys.modules.items()):
+    modules = sorted(sys.modules.items(), key=lambda item: item[0] == "__main__")  # elsewhere, if it is there too
+    for module_name, module in modules:
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is variable:
                 return VariableCarrier(module_name, name)
@@ -102,8 +103,10 @@ def find_carrier(variable: object) -> ContextCarrier:
 
 
 @contextlib.contextmanager
-def carrying(carriers: Iterable[ContextCarrier], task: str, waited: float) -> Iterator[bytes]:
-    """Enter the carriers, give what they give, pickled, and leave them.
+def carrying(
+    carriers: Iterable[ContextCarrier], task: str, waited: float, dumps: Callable[[object], bytes]
+) -> Iterator[bytes]:
+    """Enter the carriers, give what they give, pickled with `dumps`, and leave them.
 
     Raises:
         TypeError: a value cannot be pickled.
@@ -111,17 +114,17 @@ def carrying(carriers: Iterable[ContextCarrier], task: str, waited: float) -> It
     with contextlib.ExitStack() as entered:
         values = [(carrier, entered.enter_context(carrier.carry(task, waited))) for carrier in carriers]
         try:
-            packed = pickle.dumps(values, pickle.HIGHEST_PROTOCOL)
+            packed = dumps(values)
         except Exception as error:
             for carrier, value in values:
-                _check_picklable(carrier, value)
+                _check_picklable(carrier, value, dumps)
             raise TypeError(f"the pool's context cannot be sent to a worker: {error}") from error
         yield packed
 
 
-def _check_picklable(carrier: ContextCarrier, value: object) -> None:
+def _check_picklable(carrier: ContextCarrier, value: object, dumps: Callable[[object], bytes]) -> None:
     try:
-        pickle.dumps((carrier, value))
+        dumps((carrier, value))
     except Exception as error:
         raise TypeError(
             f"the value of {carrier!r} in the pool's context cannot be sent to a worker: "
@@ -140,7 +143,10 @@ def in_context(packed: bytes | memoryview, fn: Callable[..., Any]) -> Callable[.
     """Return a function that calls `fn`, each time in a context of its own, with what was carried."""
     if not packed:
         return fn
-    values: list[tuple[ContextCarrier, Any]] = pickle.loads(packed)
+    try:
+        values: list[tuple[ContextCarrier, Any]] = pickle.loads(packed)
+    except Exception as error:
+        raise RuntimeError(f"the pool's context cannot be rebuilt in the worker: {error!r}") from error
     return functools.partial(_run_in_copy, values, fn)
 
 

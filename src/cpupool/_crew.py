@@ -112,6 +112,7 @@ class Crew:
         """Ask a worker that runs no task to exit; it is killed at `deadline`."""
         if worker.state in (State.READY, State.RECOVERING):
             worker.state = State.LEAVING
+            worker.was_sent_home = True
             worker.deadline = deadline
             worker.say_bye()
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections import deque
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import CpuPool
 
 _KEPT = 300  # samples, five minutes of them by default
+_LOOK_INTERVAL = 0.5  # seconds between two looks whether the pool is to close
 _PRIVATE = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -39,6 +40,9 @@ def dashboard(pool: CpuPool, *, interrupt: bool = False, interval: float = 1.0) 
     Python.  It is one file that loads nothing from elsewhere, with a strict `Content-Security-Policy` of its own.
     Whoever sees it sees names of functions and paths of files: put it behind the application's own authentication.
 
+    An open page ends when the pool is told to close.  So that a server can stop while somebody has it open, the pool
+    needs `lifespan(pool)`, or `cpupool.asgi.closing_on_signals` in a lifespan of one's own.
+
     Args:
         pool: the pool.
         interrupt: let whoever sees the page stop the task of a worker, too.
@@ -52,12 +56,26 @@ def dashboard(pool: CpuPool, *, interrupt: bool = False, interval: float = 1.0) 
     return _Dashboard(pool, interrupt=interrupt, interval=interval).make_router()
 
 
+class _Sample(NamedTuple):
+    """What was found at one moment, encoded once for all who have the page open.
+
+    Attributes:
+        time: when, in seconds since the epoch.
+        whole: all of it.
+        short: without the workers, as the history has it.
+    """
+
+    time: float
+    whole: str
+    short: str
+
+
 class _Dashboard:
     def __init__(self, pool: CpuPool, *, interrupt: bool, interval: float) -> None:
         self._pool = pool
         self._can_interrupt = interrupt
         self._interval = interval
-        self._samples: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self._samples: deque[_Sample] = deque(maxlen=_KEPT)
         self._page = resources.files(__package__).joinpath("dashboard.html").read_text("utf-8")
 
     def make_router(self) -> Router:
@@ -80,26 +98,33 @@ class _Dashboard:
         return StreamingResponse(self._stream(), media_type="text/event-stream", headers=headers)
 
     async def _stream(self) -> AsyncGenerator[str]:
-        yield _encode("history", list(self._samples))
-        while not self._pool.is_closing:  # else the server would wait for the client to go
-            yield _encode("sample", self._sample())
-            await anyio.sleep(self._interval)
+        oldest = time.time() - _KEPT * self._interval
+        yield _event("history", "[" + ",".join(each.short for each in self._samples if each.time > oldest) + "]")
+        while True:
+            yield _event("sample", self._sample().whole)
+            until = time.monotonic() + self._interval
+            while not self._pool.is_closing and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110
+                await anyio.sleep(min(left, _LOOK_INTERVAL))
+            if self._pool.is_closing:  # else the server would wait for the client to go
+                yield _event("closed", "{}")
+                return
 
-    def _sample(self) -> dict[str, Any]:
+    def _sample(self) -> _Sample:
         """Look at the pool, unless that was just done for somebody else who has the page open."""
         now = time.time()
-        if self._samples and 0 <= now - self._samples[-1]["time"] < self._interval / 2:
+        if self._samples and 0 <= now - self._samples[-1].time < self._interval / 2:
             return self._samples[-1]
         found = self._pool.statistics()
-        sample = dataclasses.asdict(found)
-        sample |= {
+        whole = dataclasses.asdict(found)
+        whole |= {
             "time": now,
             "health": self._pool.health,
             "memory": sum(worker.resident_bytes or 0 for worker in found.workers),
             "can_interrupt": self._can_interrupt,
         }
-        self._samples.append(sample)
-        return sample
+        short = {name: value for name, value in whole.items() if name != "workers"}
+        self._samples.append(_Sample(now, json.dumps(whole), json.dumps(short)))
+        return self._samples[-1]
 
     # --- what can be done ---
 
@@ -120,8 +145,8 @@ class _Dashboard:
         return PlainTextResponse(text, 202 if is_done else 409, headers=_PRIVATE)
 
 
-def _encode(event: str, value: object) -> str:
-    return f"event: {event}\ndata: {json.dumps(value)}\n\n"
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"
 
 
 def _make_policy(page: str) -> str:

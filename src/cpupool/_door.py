@@ -19,17 +19,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ._events import logger
 from ._forking import at_fork
 
 VARIABLE = "CPUPOOL_INSPECT"
-_LONGEST_QUESTION = 5.0  # seconds
+_LONGEST_QUESTION, _LONGEST_ANSWER = 1.0, 10.0  # seconds
 _MOST_BYTES = 4096  # of a question
 
 
 def allow_inspection() -> None:
     """Let this user look into this program's pools from outside, until it ends: `python -m cpupool stacks PID`.
 
-    The environment variable `CPUPOOL_INSPECT=1` does the same for a program that makes a pool.  Where a worker is, and
+    The environment variable `CPUPOOL_INSPECT=1` does the same for a program whose pools run.  Where a worker is, and
     what it runs, can be seen, and nothing be changed; only processes of the same user (and root) can ask.  Calling it
     again does nothing.
 
@@ -43,9 +44,14 @@ def allow_inspection() -> None:
             _door = _Door()
 
 
-def is_inspection_wanted() -> bool:
-    """Return True if the environment asks for it."""
-    return os.environ.get(VARIABLE, "").strip() not in ("", "0")
+def allow_inspection_if_wanted() -> None:
+    """Do so if the environment asks for it; what goes wrong is logged, and no more."""
+    if os.environ.get(VARIABLE, "").strip() in ("", "0"):
+        return
+    try:
+        allow_inspection()
+    except OSError as error:
+        logger.warning("%s is set, but this program cannot be looked into: %s", VARIABLE, error)
 
 
 def ask(pid: int, question: str) -> Any:
@@ -54,17 +60,31 @@ def ask(pid: int, question: str) -> Any:
     Raises:
         OSError: it cannot be asked; the message says why.
     """
-    with socket.socket(socket.AF_UNIX) as channel:
-        channel.settimeout(_LONGEST_QUESTION)
+    try:
+        user = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        user = os.geteuid()  # it has gone, or this is not Linux
+    refused = ""
+    for folder in dict.fromkeys(_folders(user)):
+        path = folder / f"{pid}.socket"
+        with socket.socket(socket.AF_UNIX) as channel:
+            channel.settimeout(_LONGEST_ANSWER)
+            try:
+                _check(folder, user)
+                channel.connect(str(path))
+                channel.sendall(question.encode() + b"\n")
+                with channel.makefile("rb") as answer:
+                    line = answer.readline()
+            except FileNotFoundError:
+                continue
+            except ConnectionRefusedError:
+                refused = f"there is no program with process id {pid} any more"
+                continue
         try:
-            channel.connect(str(_folder(is_new=False) / f"{pid}.socket"))
-        except FileNotFoundError:
-            raise OSError(_explain(pid)) from None
-        except ConnectionRefusedError:
-            raise OSError(f"there is no program with process id {pid} any more") from None
-        channel.sendall(question.encode() + b"\n")
-        with channel.makefile("rb") as answer:
-            return json.loads(answer.readline())
+            return json.loads(line)
+        except ValueError:
+            raise OSError(f"the program with process id {pid} has not answered") from None
+    raise OSError(refused or _explain(pid))
 
 
 def _explain(pid: int) -> str:
@@ -77,27 +97,38 @@ def _explain(pid: int) -> str:
     return f"there is no program with process id {pid}, or it is not yours"
 
 
-def _folder(*, is_new: bool) -> Path:
-    """Return the folder of the sockets.
+def _folders(user: int) -> list[Path]:
+    """Return where the socket of a program of that user may be; its own choice is the first that there is."""
+    runtimes = [Path(each) for each in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}") if each]
+    return [
+        *(runtime / "cpupool" for runtime in runtimes),
+        *(Path(folder) / f"cpupool-{user}" for folder in (tempfile.gettempdir(), "/tmp")),
+    ]
+
+
+def _make_folder() -> Path:
+    """Return the folder for this program's socket.
 
     Raises:
         PermissionError: others have made it, or may enter it.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "cpupool" if runtime else Path(tempfile.gettempdir()) / f"cpupool-{os.geteuid()}"
-    if is_new:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-    with contextlib.suppress(FileNotFoundError):
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise PermissionError(f"{folder} must be a folder that belongs to you, and that nobody else may enter")
+    folder = next(each for each in _folders(os.geteuid()) if each.parent.is_dir() and os.access(each.parent, os.W_OK))
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    _check(folder, os.geteuid())
     return folder
+
+
+def _check(folder: Path, user: int) -> None:
+    """Raise PermissionError unless the folder is that user's alone."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} must be a folder that belongs to you, and that nobody else may enter")
 
 
 class _Door:
     def __init__(self) -> None:
-        self._path = _folder(is_new=True) / f"{os.getpid()}.socket"
+        self._path = _make_folder() / f"{os.getpid()}.socket"
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._path.unlink(missing_ok=True)  # of a process that had this number before
@@ -114,7 +145,7 @@ class _Door:
                 channel, _ = self._socket.accept()
             except OSError:
                 return  # closed
-            with channel, contextlib.suppress(OSError, ValueError):
+            with channel, contextlib.suppress(Exception):  # who has asked gets no answer; others will
                 channel.settimeout(_LONGEST_QUESTION)
                 if _is_ours(channel):
                     with channel.makefile("rb") as lines:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextvars
 import sys
 import threading
 import weakref
@@ -27,6 +28,8 @@ from ._forking import at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from ._settings import Settings
 
 T = TypeVar("T")
 
@@ -58,6 +61,8 @@ class DrivenPool(Protocol):
 
     @property
     def is_closed(self) -> bool: ...
+
+    settings: Settings
 
     def _start(self) -> None: ...
 
@@ -101,7 +106,7 @@ class CallFuture(Future[T]):
 class _Work:
     """One call that was submitted."""
 
-    __slots__ = ("args", "fn", "future", "kwargs")
+    __slots__ = ("args", "context", "fn", "future", "kwargs")
 
     def __init__(
         self, future: CallFuture[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,6 +115,7 @@ class _Work:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
+        self.context = contextvars.copy_context()  # the submitter's
 
 
 class Driver:
@@ -272,7 +278,7 @@ class Driver:
             return  # before it began
         finish: Callable[[Any], object]
         try:
-            outcome = await self._run(work.fn, *work.args, **work.kwargs)
+            outcome = await self._run_in(work)
             finish = future.set_result
         except asyncio.CancelledError as error:
             if future.cancelled():
@@ -289,6 +295,17 @@ class Driver:
         except BaseException as error:  # a callback of the user's: it must not end the others' calls
             context = {"message": "a done-callback of a future raised", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
+
+    async def _run_in(self, work: _Work) -> Any:
+        """Make a call; with the context variables of who has submitted it, if some go along with calls."""
+        if not self.pool.settings.context:
+            return await self._run(work.fn, *work.args, **work.kwargs)
+        changed = [(each, each.set(value)) for each, value in work.context.items()]
+        try:
+            return await self._run(work.fn, *work.args, **work.kwargs)
+        finally:
+            for variable, token in reversed(changed):
+                variable.reset(token)
 
     def _cancel_call(self, future: Future[Any]) -> None:
         lane = self._running.get(future)

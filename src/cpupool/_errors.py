@@ -234,8 +234,9 @@ class WorkerDied(CpuPoolError):
         stack: the Python stack at the crash, as `faulthandler` saw it, or None.
         resident: the bytes of memory it held when it passed the pool's limit; None if that was not the reason.
         limit: that limit, in bytes, or None.
-        stderr: the last lines that the task's Python code has written to standard error (20 lines, 8 kB at most), or
-            None.
+        stderr: the last lines that the task's Python code has written to `sys.stderr` (20 at most, of 8 kB), or None.
+            What C code has written itself, as the C library's "double free" is, is not in it: see the program's own
+            standard error.
     """
 
     def __init__(

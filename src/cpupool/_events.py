@@ -39,6 +39,7 @@ _LEVELS: dict[str, int] = {
     "breaker_closed": logging.WARNING,
     "task_slow": logging.WARNING,
 }
+_MOST_PATIENCE = 10  # times as long as `finish` waits at first
 if set(_LEVELS) != set(get_args(EventKind)):
     raise AssertionError("each kind of event needs a level")
 
@@ -81,73 +82,87 @@ class Event:
 
 
 class Announcer:
-    """Tells everybody of what happens to one pool; from any thread."""
+    """Tells everybody of what happens to one pool; from any thread.
+
+    Rules: no lock, because any of it may run inside a garbage collection.  Whoever takes the token out of `_idle` may
+    start the thread; it puts it back when it ends.
+    """
 
     def __init__(self) -> None:
-        self._callbacks: tuple[Callable[[Event], object], ...] = ()
+        self._subscriptions: dict[_Subscription, None] = {}
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Forget what is queued, as a forked child does: it is the parent's."""
-        self._lock = threading.Lock()
         self._queue: deque[Callable[[], object]] = deque()
-        self._thread: threading.Thread | None = None
+        self._idle = [None]
+        self._thread_id: int | None = None
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call `callback(event)` from now on, until what is returned is called."""
         if not callable(callback):
             raise TypeError(f"on_event takes a function with one argument, the event, not {callback!r}")
         subscription = _Subscription(callback)
-        with self._lock:
-            self._callbacks = (*self._callbacks, subscription)
+        self._subscriptions[subscription] = None
 
         def unsubscribe() -> None:
-            with self._lock:
-                self._callbacks = tuple(each for each in self._callbacks if each is not subscription)
+            self._subscriptions.pop(subscription, None)
 
         return unsubscribe
 
     def announce(self, event: Event) -> None:
         """Tell everybody; it waits for nobody."""
-        callbacks = self._callbacks  # of those who have asked before
-        if callbacks or logger.isEnabledFor(event.level):
-            self.deliver(lambda: _tell(event, callbacks))
+        subscriptions = tuple(self._subscriptions)  # of those who have asked before
+        if subscriptions or logger.isEnabledFor(event.level):
+            self.deliver(lambda: _tell(event, subscriptions))
 
     def deliver(self, delivery: Callable[[], object]) -> None:
         """Call this in the thread, after what was queued before."""
-        with self._lock:
-            self._queue.append(delivery)
-            if self._thread is not None:
-                return
-            self._thread = threading.Thread(target=self._work, name="cpupool-events", daemon=True)
+        self._queue.append(delivery)
         try:
-            self._thread.start()
+            self._idle.pop()
+        except IndexError:
+            return  # the thread runs
+        try:
+            threading.Thread(target=self._work, name="cpupool-events", daemon=True).start()
         except RuntimeError:  # no more threads, or the program is ending: the next one tries again
-            self._thread = None
+            self._idle.append(None)
 
-    @property
-    def backlog(self) -> int:
-        """How many deliveries wait."""
-        return len(self._queue)
-
-    def finish(self, timeout: float) -> None:
-        """Wait until all is delivered that was queued before, or for so many seconds."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+    def finish(self, at_most: float) -> None:
+        """Wait until all is delivered that was queued before: so many seconds, and on while something is."""
+        if self._idle or threading.get_ident() == self._thread_id:
+            return
+        is_done = threading.Event()
+        self.deliver(is_done.set)
+        left = len(self._queue)
+        for _ in range(_MOST_PATIENCE):
+            if is_done.wait(at_most) or len(self._queue) >= left:
+                return
+            left = len(self._queue)
 
     def _work(self) -> None:
+        self._thread_id = threading.get_ident()
         while True:
-            with self._lock:
-                if not self._queue:
-                    self._thread = None
-                    return
+            try:
                 delivery = self._queue.popleft()
+            except IndexError:
+                self._idle.append(None)
+                if not self._queue or not self._take_token():
+                    return
+                continue
             try:
                 delivery()
             except BaseException:  # a handler's or a filter's: the thread must go on
                 with contextlib.suppress(BaseException):
                     logger.exception("an error while telling what happens to a pool")
+
+    def _take_token(self) -> bool:
+        """Return True if the thread goes on, because something was queued just before it ended."""
+        try:
+            self._idle.pop()
+        except IndexError:
+            return False  # another one was started
+        return True
 
 
 def _tell(event: Event, callbacks: tuple[Callable[[Event], object], ...]) -> None:

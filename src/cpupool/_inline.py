@@ -37,7 +37,7 @@ from ._pool import CpuPool
 from ._reports import dump_report
 from ._segments import Segment, make_failure
 from ._sources import FedSource, count_all, open_source
-from ._statistics import Statistics, Tally, outcome_of
+from ._statistics import Statistics, Tally
 from ._waiting import BlockingWaits, running_loop
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class InlineCall(Call):
         try:
             packed = self._packed
             fn, args, kwargs = _payload.loads(packed) if isinstance(packed, bytes) else packed.rebuild()
-            with carrying(options.carriers, name, 0.0) as context:
+            with carrying(options.carriers, name, 0.0, options.serializer.dumps) as context:
                 stage, began = STAGE_TASK, time.monotonic()
                 result = in_context(context, fn)(*args, **kwargs)
                 self._ran = time.monotonic() - began
@@ -381,10 +381,13 @@ class InlineFlow:
             tally.count("refused")
             raise
         except Exception as error:
-            tally.count(outcome_of(error, has_run=True))
+            tally.count("failed" if not isinstance(error, TaskTimeout) else "timed_out")
             if is_for_the_program(error):
                 raise
             return make_failure(number, error)
+        except BaseException:
+            tally.count_later("cancelled")
+            raise
 
     async def _feed(self, source: FedSource) -> None:
         """Wait for an item in a task of its own: a wait that is cancelled must not end the source."""

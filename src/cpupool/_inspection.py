@@ -28,7 +28,7 @@ def describe_worker(
     return WorkerStatistics(
         pid=pid,
         state=_STATES.get(worker.state) or ("idle" if worker in idle else "busy"),
-        task=name_task_of(lease),
+        task=worker.last_task if worker.state is State.RECOVERING else name_task_of(lease),
         seconds=max(now - lease.started, 0.0) if lease is not None and lease.started else 0.0,
         tasks_done=worker.tasks_done,
         resident_bytes=read_resident(pid),

@@ -234,7 +234,7 @@ class Results:
 
     def count_errors(self, known: int) -> int:
         """Return how many of them are errors, but for the first `known` ones."""
-        if not known:
+        if not known or self.are_numbers:
             return self._errors
         return sum(end < 0 for end in self.column[known:])
 

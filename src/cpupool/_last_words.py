@@ -2,7 +2,7 @@
 
 Theory of operation: the worker's `sys.stderr` writes to the same descriptor as ever, and copies what it writes into a
 ring in the status file.  So standard error stays what it was, for programs that the task starts and for C code too;
-but what these write is not kept.
+but what these write is not kept, nor what goes through `sys.__stderr__`.
 
 It runs in the workers too: stdlib and layer 0 only.
 """
@@ -31,31 +31,43 @@ class _KeptFile(io.FileIO):
 
     def __init__(self, page: memoryview, status: int) -> None:
         super().__init__(2, "wb", closefd=False)
-        self._page = page
+        self.name = "<stderr>"
+        self._page: memoryview | None = page
         self._ring = mmap.mmap(status, _RING_SIZE, offset=REPORTS_END)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        said = self._page[SAID] + len(view)
+        written = super().write(data)
+        if self._page is not None:
+            self._keep(memoryview(data).cast("B")[:written], self._page)
+        return written
+
+    def keep_no_more(self) -> None:
+        """Keep nothing of what a forked process says: it is no worker."""
+        self._page = None
+
+    def _keep(self, view: memoryview, page: memoryview) -> None:
+        said = page[SAID] + len(view)
         view = view[-_RING_SIZE:]
         start = (said - len(view)) % _RING_SIZE
         first = view[: _RING_SIZE - start]
         self._ring[start : start + len(first)] = first
         self._ring[: len(view) - len(first)] = view[len(first) :]
-        self._page[SAID] = said
-        return super().write(data)
+        page[SAID] = said
 
 
-def keep_last_words(page: memoryview, status: int) -> None:
-    """Let `sys.stderr` keep what is written to it, unless it is something of the program's own."""
+def keep_last_words(page: memoryview, status: int) -> Callable[[], object]:
+    """Let `sys.stderr` keep what is written to it, unless it is the program's own; returns what ends that."""
     stream = sys.stderr
     if stream is None or stream is not sys.__stderr__ or not isinstance(stream, io.TextIOWrapper):
-        return
+        return bool
     try:
-        kept = io.BufferedWriter(_KeptFile(page, status))
+        file = _KeptFile(page, status)
     except OSError:
-        return  # there is no standard error
+        return bool  # there is no standard error
+    kept = io.BufferedWriter(file)
+    stream.flush()
     sys.stderr = io.TextIOWrapper(kept, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+    return file.keep_no_more
 
 
 def read_last_words(read_cell: Callable[[int], int], read: Callable[[int, int], bytes]) -> str | None:

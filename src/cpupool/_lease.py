@@ -49,6 +49,7 @@ class Lease(Generic[W]):
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
         verdict: why the supervisor has interrupted it, or None.
         interrupted: when that was, or infinite.
+        is_counted: True once the call is counted as ended.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Lease(Generic[W]):
         "heir",
         "interrupted",
         "is_admitted",
+        "is_counted",
         "is_expired",
         "item_started",
         "item_timeout",
@@ -81,6 +83,7 @@ class Lease(Generic[W]):
         self.is_admitted = is_admitted
         self.item_timeout: float | None = None
         self.weight = 0
+        self.is_counted = False
         self.begin(task_id)
 
     def begin(self, task_id: int) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # waits in the socket, and is lost when that is full.
 _BURST, _RATE = 2000, 2000
 _REST = 0.05  # seconds
-_MOST_BACKLOG = 10_000  # records that wait for the program's handlers
+_MOST_WAITING = 16 * 1024 * 1024  # bytes of records that wait for the program's handlers
 
 
 class LogKeeper:
@@ -32,6 +32,8 @@ class LogKeeper:
         self._credits: dict[Worker, tuple[float, float]] = {}  # records that may come, as of when
         self._resting: dict[Worker, float] = {}  # until when
         self._lost: dict[Worker, int] = {}
+        self._delivered = 0  # bytes
+        self._handled = 0  # of them; written by the announcer's thread
 
     def watch(self, worker: Worker) -> None:
         """Read what a new worker logs from now on."""
@@ -60,7 +62,7 @@ class LogKeeper:
         credit, since = self._credits[worker]
         now = time.monotonic()
         credit = min(credit + (now - since) * _RATE, _BURST)
-        if self._announcer.backlog > _MOST_BACKLOG:
+        if self._delivered - self._handled > _MOST_WAITING:
             credit = 0
         records, is_over = self._take(worker, int(credit))
         self._credits[worker] = credit - len(records), now
@@ -86,12 +88,17 @@ class LogKeeper:
 
     def _deliver(self, worker: Worker, records: list[bytes]) -> None:
         for packed in records:
-            self._announcer.deliver(functools.partial(handle_record, packed))
+            self._delivered += len(packed)
+            self._announcer.deliver(functools.partial(self._handle, packed))
         lost = worker.process.lost_logs()
         if more := lost - self._lost[worker]:
             self._lost[worker] = lost
             pid = worker.process.pid
             self._announcer.deliver(lambda: self._tell_of_lost(pid, more))
+
+    def _handle(self, packed: bytes) -> None:
+        self._handled += len(packed)
+        handle_record(packed)
 
     def _tell_of_lost(self, pid: int, count: int) -> None:
         logger.warning(

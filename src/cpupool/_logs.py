@@ -17,17 +17,20 @@ import pickle
 import socket
 import sys
 
-from ._status import LOGS_LOST
+from ._status import LOGS_LOST, STATUS_PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
 MOST_BYTES = 64 * 1024  # of a message
 _BUFFER_SIZE = 1024 * 1024  # bytes that wait; the system may allow less
-_MOST_TEXT = 16 * 1024  # characters of a text that is cut because the whole is too much
+_LEAST_TEXT = 256  # characters of a text that is cut because the whole is too much
+_DEPTH = 5  # of dictionaries and lists in each other
+_OWN = tuple(logging.makeLogRecord({}).__dict__)  # attributes that every record has
 _ROOT = ""
+_NEVER = 2**31  # a level that no record has
 
 # Whole messages, and an end.  Elsewhere than on Linux there is no such kind for sockets of one machine.
 _KIND = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
@@ -65,14 +68,21 @@ class LogForwarder(logging.Handler):
         except OSError:  # no room, or the pool has gone
             self._page[LOGS_LOST] += 1
 
+    def count_no_more(self) -> None:
+        """Leave the status page alone: this is a forked process."""
+        self._page = memoryview(bytearray(STATUS_PAGE_SIZE)).cast("Q")
 
-def forward_logs(channel: socket.socket, page: memoryview, levels: Mapping[str, int]) -> None:
+
+def forward_logs(channel: socket.socket, page: memoryview, levels: Mapping[str, int]) -> Callable[[], object]:
     """Send what is logged from now on to the pool, in the place of whatever the program's own handlers would do here.
 
     Args:
         channel: the worker's end of the socket.
         page: the status page.
-        levels: those of loggers, by their names; of the root logger, by an empty one; and as None what is disabled.
+        levels: those of loggers, by their names; of the root logger, by an empty one.
+
+    Returns:
+        What a forked process calls: what it logs still arrives, but it writes in the page no more.
     """
     forwarder = LogForwarder(channel, page)
     root = logging.getLogger()
@@ -85,42 +95,51 @@ def forward_logs(channel: socket.socket, page: memoryview, levels: Mapping[str, 
             logger.addHandler(forwarder)
     for name, level in levels.items():
         logging.getLogger(name or None).setLevel(level)
+    return forwarder.count_no_more
 
 
 def pack_record(record: logging.LogRecord) -> bytes:
-    """Pickle a record: its message as text, or as the dictionary that structlog makes; what cannot be, as `repr`."""
+    """Pickle a record, with its message as text, or as the dictionary that structlog makes.
+
+    Of its extra attributes plain values stay as they are, in dictionaries and lists too; others become their `repr`, so
+    that nothing can be in it that cannot be rebuilt.  What is too long is cut.
+    """
     fields: dict[str, Any] = dict(record.__dict__)
     if record.args or not isinstance(record.msg, dict):
         fields["msg"] = record.getMessage()
     fields["args"] = None
-    fields["processName"] = str(record.processName)  # that of a worker is more than it seems (see `WorkerProcess`)
     if record.exc_info:
         fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
         fields["exc_info"] = None
-    try:
-        packed = pickle.dumps(fields)
-    except Exception:
-        fields = {name: _as_sent(value) for name, value in fields.items()}
-        packed = pickle.dumps(fields)
-    if len(packed) > MOST_BYTES:
-        packed = pickle.dumps({name: _shortened(value) for name, value in fields.items()})
+    fields = _plain(fields, _DEPTH, sys.maxsize)
+    packed = pickle.dumps(fields)
+    most = MOST_BYTES // 4  # characters of each text; four bytes each at most
+    while len(packed) > MOST_BYTES and most > _LEAST_TEXT:
+        packed = pickle.dumps(_plain(fields, _DEPTH, most))
+        most //= 2
+    if len(packed) > MOST_BYTES:  # it has very many attributes
+        packed = pickle.dumps(_plain({name: fields[name] for name in _OWN if name in fields}, 1, most))
     return packed
 
 
-def _as_sent(value: object) -> object:
-    try:
-        pickle.dumps(value)
-    except Exception:
-        return repr(value)
-    return value
-
-
-def _shortened(value: object) -> object:
-    if isinstance(value, str) and len(value) > _MOST_TEXT:
-        return f"{value[:_MOST_TEXT]}... ({len(value):,} characters)"
-    if isinstance(value, int | float | str | None):
+def _plain(value: Any, depth: int, most: int) -> Any:
+    """Return a value made of plain types only, with texts of so many characters at most."""
+    kind = type(value)
+    if value is None or kind in (bool, float) or (kind is int and -(2**63) <= value < 2**64):
         return value
-    return f"(a {type(value).__name__} that is too large)"
+    if depth and kind in (list, tuple):
+        return kind(_plain(each, depth - 1, most) for each in value)
+    if depth and isinstance(value, dict):
+        return {str(name): _plain(each, depth - 1, most) for name, each in value.items()}
+    text = str(value) if isinstance(value, str) else _repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 # --- the pool's side ---
@@ -131,14 +150,15 @@ def collect_levels() -> dict[str, int]:
     root = logging.getLogger()
     levels = {_ROOT: max(root.level, root.manager.disable + 1)}
     for name, logger in list(root.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET:
-            levels[name] = max(logger.level, root.manager.disable + 1)
+        if isinstance(logger, logging.Logger) and (logger.level != logging.NOTSET or logger.disabled):
+            levels[name] = _NEVER if logger.disabled else max(logger.level, root.manager.disable + 1)
     return levels
 
 
 def handle_record(packed: bytes) -> None:
     """Handle a record as if it had been logged here."""
-    record = logging.makeLogRecord(pickle.loads(packed))
+    record = logging.LogRecord("", 0, "", 0, "", None, None)  # not by the program's factory: it has been made
+    record.__dict__.update(pickle.loads(packed))
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)

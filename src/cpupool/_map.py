@@ -93,10 +93,22 @@ class _Batch:
         limit: how many of them the worker was told to run, at most.
         sent_at: when it was sent, on the monotonic clock.
         done: how many of them have their result in the output.
+        failed: how many of these are errors.
         seconds: how long the worker took for those.
     """
 
-    __slots__ = ("attempt", "columns", "done", "first", "is_too_large", "limit", "packed", "seconds", "sent_at")
+    __slots__ = (
+        "attempt",
+        "columns",
+        "done",
+        "failed",
+        "first",
+        "is_too_large",
+        "limit",
+        "packed",
+        "seconds",
+        "sent_at",
+    )
 
     def __init__(self, first: int, columns: Columns, attempt: int = 1) -> None:
         self.first = first
@@ -107,6 +119,7 @@ class _Batch:
         self.limit = self.size
         self.sent_at = math.inf
         self.done = 0
+        self.failed = 0
         self.seconds = 0.0
 
     @property
@@ -412,6 +425,8 @@ class Flow:
             self._pace.note_run(batch.done, batch.seconds)
             ran, took = batch.seconds / batch.done, (time.monotonic() - batch.sent_at) / batch.done
             self._supervisor.tally.note_times(lease.queued, ran, max(took - ran, 0.0), batch.done)
+        if lease.verdict is Verdict.INTERRUPTED and not isinstance(outcome, Death | Interruption):
+            outcome = Interruption(None, None)  # the item has ended all the same
         if isinstance(outcome, Death):
             self._see_death(batch, outcome, lease)
         elif isinstance(outcome, Interruption):
@@ -460,7 +475,7 @@ class Flow:
             for _ in range(self._pace.lanes - 1):
                 self._tasks.start(self._run_lane)  # there is work for them
         batch.limit = int(min(batch.size, worker.tasks_left))
-        is_timed = self._options.timeout is not None
+        is_timed = self._options.timeout is not None or self._supervisor.slow_task is not None
         hold = _HOLD if self._is_lazy else math.inf
         head = BatchHead(
             batch.attempt, batch.first, batch.limit, self._pace.budget, hold, self._stops_at_error, is_timed
@@ -489,6 +504,7 @@ class Flow:
             if results.first_error is not None and self._stops_at_error:
                 self._note_failure(batch.first + results.first + results.first_error)
             failed = results.count_errors(known)
+            batch.failed += failed
             self._count("succeeded", results.count - known - failed)
             self._count("failed", failed)
             batch.done = results.first + results.count
@@ -656,7 +672,7 @@ class _Delivery(NamedTuple):
                 lambda waits: worker.exchange_batch(task_id, frame, limit, waits, self, shipment),
             )
 
-        return exchange_in_context(lease, send)
+        return exchange_in_context(lease, send, lambda reply: reply.kind is not Kind.RESULT or self.batch.failed > 0)
 
     @property
     def first_look(self) -> float:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from ._call import Call
 from ._calls import PoolCalls, async_waits
 from ._checks import check_seconds
-from ._door import allow_inspection, is_inspection_wanted
+from ._door import allow_inspection_if_wanted
 from ._errors import PoolClosed
 from ._events import Announcer
 from ._forking import at_fork
-from ._roles import in_worker, is_importing_main
 from ._settings import Settings
 from ._share import Share
 from ._starting import WorkerStarter
@@ -175,8 +174,6 @@ class CpuPool(PoolCalls):
         self._announcer = Announcer()
         self._set_up()
         _pools.add(self)
-        if is_inspection_wanted() and not (in_worker() or is_importing_main()):
-            allow_inspection()
 
     @classmethod
     def from_env(cls, prefix: str = "CPUPOOL_", **overrides: Any) -> Self:
@@ -204,7 +201,8 @@ class CpuPool(PoolCalls):
             raise ValueError(f"{error} (read from the environment: {variables or 'nothing'})") from error
 
     def _set_up(self) -> None:
-        self._supervisor = Supervisor(self.settings, WorkerStarter(self.settings), self._announcer)
+        starter = WorkerStarter(self.settings)
+        self._supervisor = Supervisor(self.settings, starter, self._announcer, allow_inspection_if_wanted)
         self._dispatcher = self._supervisor.dispatcher
 
     def __repr__(self) -> str:
@@ -254,9 +252,12 @@ class CpuPool(PoolCalls):
     def dump_stacks(self, pid: int | None = None) -> dict[int, str]:
         """Return where the tasks of all busy workers are, in Python, by the workers' process ids.
 
-        It does not disturb them: they write it down in between and go on.  That works in C code too, also where that
-        holds the GIL.  From any thread, but not in a signal handler; it takes some milliseconds, and a quarter of a
-        second where a process does not answer, which the text says then.
+        They write it down in between and go on.  That works in C code too, also where that holds the GIL.  They are
+        asked by a signal (SIGURG, then a real-time one): Python goes on with what that interrupts, but C code that
+        calls `sleep` or `poll` by itself may come back from it early.
+
+        From any thread, but not in a signal handler.  It takes some milliseconds, and a quarter of a second where a
+        process does not answer, which the text says then; in a task of an event loop use `asyncio.to_thread`.
 
         Args:
             pid: ask only that worker.
@@ -273,7 +274,7 @@ class CpuPool(PoolCalls):
             pid: the worker's process id, as in `statistics()`.
 
         Returns:
-            True if it runs one, and that is being stopped.
+            True if it ran one, which was asked to stop; it may have ended by itself in the same moment.
         """
         found: bool = self._ask_supervisor("interrupt", pid, default=False)
         return found
@@ -293,8 +294,10 @@ class CpuPool(PoolCalls):
     def on_event(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call `callback(event)` when something happens to the pool: see `Event`.  Returns what ends that.
 
-        It is called in a thread of its own, one event after another, and may take its time; in asyncio, let it use
-        `loop.call_soon_threadsafe`.  What it raises is logged.  The same events are logged, by the logger `cpupool`.
+        It is called in a thread of its own, one event after another; in asyncio, let it use
+        `loop.call_soon_threadsafe`.  While it takes its time nothing else is told, what workers log neither, and the
+        end of the pool waits for a second.  What it raises is logged.  The same events are logged, by the logger
+        `cpupool`.
 
         Raises:
             TypeError: it cannot be called.
@@ -524,7 +527,11 @@ def _drain_after(kind: type[BaseException] | None) -> float | None:
 
 def list_pools() -> list[CpuPool]:
     """Return the pools of this process, whether they run or not."""
-    return list(_pools)
+    while True:
+        try:
+            return list(_pools)
+        except RuntimeError:
+            continue  # another thread has just made one
 
 
 def _end_share(number: int) -> None:

@@ -7,6 +7,7 @@ status file at the task's next step in Python.  If nothing has come for a while,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from ._events import Event
 from ._outcomes import name_task_of
+from ._status import BEFORE_FIRST
 from ._worker import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._crew import Crew
     from ._dispatch import Dispatcher
     from ._events import Announcer
     from ._lease import Lease
@@ -49,7 +52,8 @@ class _Request:
 class Stacks:
     """Asks workers for the stacks of their tasks; all in the supervisor's thread."""
 
-    def __init__(self, dispatcher: Dispatcher[Worker]) -> None:
+    def __init__(self, crew: Crew, dispatcher: Dispatcher[Worker]) -> None:
+        self._crew = crew
         self._dispatcher = dispatcher
         self._requests: dict[Worker, _Request] = {}
         self._next_number = itertools.count(1).__next__
@@ -72,23 +76,27 @@ class Stacks:
     def ask_all(self, ticket: Ticket, pid: int | None) -> None:
         """Settle the ticket with the stacks of all busy workers, or of that one, by their process ids."""
         found: dict[int, str] = {}
-        workers = [lease.worker for lease in self._dispatcher.leases() if lease.started and lease.worker is not None]
-        workers = [each for each in workers if pid in (None, each.process.pid)]
-        missing = {worker.process.pid for worker in workers}
+        leases = {lease.worker: lease for lease in self._dispatcher.leases() if lease.started}
+        given_up = {worker: None for worker in self._crew.workers if worker.state is State.RECOVERING}
+        missing = {each for each in leases | given_up if each is not None and pid in (None, each.process.pid)}
         if not missing:
             ticket.settle(found)
 
-        def note(pid: int, stack: str | None) -> None:
-            missing.discard(pid)
+        def note(worker: Worker, task_id: int | None, stack: str | None) -> None:
+            missing.discard(worker)
+            pid, lease = worker.process.pid, leases.get(worker)
             if stack is None:
                 found[pid] = "no answer: the process is stopped, or waits in the system"
             elif stack:
                 found[pid] = stack
+            elif lease is not None and lease.worker is worker and lease.task_id == task_id:
+                found[pid] = _without_frames(lease)
             if not missing:
                 ticket.settle(dict(sorted(found.items())))
 
-        for worker in workers:
-            self.ask(worker, lambda stack, pid=worker.process.pid: note(pid, stack))  # type: ignore[misc]
+        for worker in list(missing):
+            lease = leases.get(worker)
+            self.ask(worker, functools.partial(note, worker, None if lease is None else lease.task_id))
 
     def next_deadline(self) -> float:
         """Return when to look again."""
@@ -134,6 +142,10 @@ class Stacks:
             self._answer(worker, request, None)
 
 
+def _without_frames(lease: Lease[Worker]) -> str:
+    return f"no Python code: it is in {name_task_of(lease)} itself, which is C code, or sends and receives"
+
+
 class SlowTasks:
     """Tells of tasks that run longer than a limit, once each; all in the supervisor's thread."""
 
@@ -145,31 +157,42 @@ class SlowTasks:
         self._dispatcher = dispatcher
         self._stacks = stacks
         self._announcer = announcer
-        self._told: set[int] = set()  # ids of tasks that run
+        self._told: set[tuple[int, int]] = set()  # ids of tasks that run, and the numbers of their items
 
     def next_deadline(self) -> float:
         """Return when the next task will have run too long."""
         if self._limit is None:
             return math.inf
-        return min((lease.started + self._limit for lease in self._untold()), default=math.inf)
+        return min((since + self._limit for _, _, _, since in self._untold()), default=math.inf)
 
-    def _untold(self) -> list[Lease[Worker]]:
+    def _untold(self) -> list[tuple[Lease[Worker], Worker, int, float]]:
+        """Return those that run and were not told of: the lease, the worker, the item's number, and when it began."""
+        found = []
         leases = self._dispatcher.leases()
-        self._told &= {lease.task_id for lease in leases}
-        return [lease for lease in leases if lease.started and lease.task_id not in self._told]
+        self._told &= {(task_id, item) for task_id, item in self._told if task_id in {each.task_id for each in leases}}
+        for lease in leases:
+            worker = lease.worker
+            if not lease.started or worker is None or worker.process.has_finished(lease.task_id):
+                continue  # if it is done, its caller is late to see that
+            item, since = 0, lease.started
+            if lease.owner is not None:
+                item, since = worker.process.running_item(lease.task_id) or (BEFORE_FIRST, since)
+            if (lease.task_id, item) in self._told:
+                since = max(since, time.monotonic())  # the next one cannot have begun before
+            found.append((lease, worker, item, since))
+        return found
 
     def look(self, now: float) -> None:
         """Ask those tasks for their stacks, and tell of them."""
         if self._limit is None:
             return
-        for lease in self._untold():
-            worker = lease.worker
-            if worker is not None and lease.started + self._limit <= now:
-                self._told.add(lease.task_id)
-                self._ask(lease, worker)
+        for lease, worker, item, since in self._untold():
+            if since + self._limit <= now:
+                self._told.add((lease.task_id, item))
+                self._ask(lease, worker, since)
 
-    def _ask(self, lease: Lease[Worker], worker: Worker) -> None:
-        task, started, pid = name_task_of(lease), lease.started, worker.process.pid
+    def _ask(self, lease: Lease[Worker], worker: Worker, started: float) -> None:
+        task, pid = name_task_of(lease), worker.process.pid
 
         def tell(stack: str | None) -> None:
             seconds = time.monotonic() - started
@@ -182,7 +205,7 @@ class SlowTasks:
                     pid=pid,
                     task=task,
                     seconds=seconds,
-                    stack=stack or None,
+                    stack=_without_frames(lease) if stack == "" else stack,
                 )
             )
 

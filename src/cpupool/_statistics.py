@@ -90,7 +90,7 @@ class WorkerStatistics:
         state: "starting" until its initializer has run; "idle"; "busy" with a task; "stopping" a task that was given
             up; "leaving"; or "killed", and not yet gone.
         task: the label of the task that it runs, or the name of the function; None without one.
-        seconds: for how long it has run that; 0 without one.
+        seconds: for how long it has run that; 0 without one, and while it stops.
         tasks_done: how many tasks it has answered, items of a `map` included.
         resident_bytes: the memory it holds (resident size, shared pages included); None where there is no /proc.
         cpu_seconds: the CPU time it has used, in user and system mode; None likewise.
@@ -125,18 +125,20 @@ class Statistics:
         idle, busy, starting: how many of the workers are; those that stop a task count as busy.
         pending: how many calls and batches wait for a worker, or for room (`max_inflight_bytes`).
         submitted: tasks that callers wanted to run, but for those that could not be pickled on the spot.
-        succeeded: their callers have their results.
-        failed: they raised, or what they returned could not be sent.
+        succeeded: they have returned.
+        failed: they raised, or what they returned could not be sent, or not be rebuilt.
         timed_out: they ran longer than their `timeout`.
         cancelled: their callers gave them up, or have left the stream, or somebody has stopped them; also what a `map`
             that fails had still to do.
         died: their workers died.
         refused: they have not run, because of `max_pending`, `queue_timeout`, a closed pool, or no worker to be had.
-        retried: attempts after a worker died.
+        retried: attempts after a worker died while it ran the task.
         workers_started: processes started.
-        workers_died: those of them that ended by themselves, or were killed by others or for a task that did not stop.
+        workers_died: those of them that ended without having been told to leave: by themselves, or killed by others, or
+            by the pool for a task that did not stop, or because their initializer failed.
         recycled: those of them that were replaced in peace (`max_tasks_per_child`, `max_memory_per_child`).
-        queue_wait: how long tasks waited for a worker.  Those of a batch of a `map` waited together.
+        queue_wait: how long tasks waited for a worker.  Those of a batch of a `map` waited together.  These times are
+            of tasks that were answered, and of those that ran into their `timeout`; the latter without overhead.
         run_time: how long the function ran, in the worker.  The items of a batch count with their average.
         overhead: what a task took besides these: pickling, sending, waking up.
     """
@@ -214,15 +216,20 @@ class Tally:
     def count(self, what: Counter, many: int = 1) -> None:
         with self._lock:
             self._counts[what] += many
+            if self._later:
+                self._count_those()
 
     def count_later(self, what: Counter, many: int = 1) -> None:
         """Do as `count`, wherever this may run."""
-        self._later.append((what, many))
+        if many:
+            self._later.append((what, many))
 
     def succeed(self, queued: float, ran: float, overhead: float) -> None:
         """Note that a task has succeeded, and its times in seconds."""
         with self._lock:
             self._counts["succeeded"] += 1
+            if self._later:
+                self._count_those()
             self._queue_wait.add(queued, 1)
             self._run_time.add(ran, 1)
             self._overhead.add(overhead, 1)
@@ -234,11 +241,14 @@ class Tally:
             self._run_time.add(ran, tasks)
             self._overhead.add(overhead, tasks)
 
-    def read(self) -> dict[str, Any]:
-        """Return all counters and histograms, by their names in `Statistics`; the caller holds the lock."""
+    def _count_those(self) -> None:
         while self._later:
             what, many = self._later.popleft()
             self._counts[what] += many
+
+    def read(self) -> dict[str, Any]:
+        """Return all counters and histograms, by their names in `Statistics`; the caller holds the lock."""
+        self._count_those()
         return {
             **{str(what): many for what, many in self._counts.items()},
             "queue_wait": self._queue_wait.freeze(),

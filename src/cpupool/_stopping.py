@@ -28,6 +28,8 @@ from ._status import BEFORE_FIRST, EVERY_ITEM
 from ._worker import State, WorkerGone
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._crew import Crew
     from ._dispatch import Dispatcher
     from ._lease import Lease
@@ -55,8 +57,12 @@ class _Reminder:
 class Stopping:
     """Stops the tasks of a crew's workers; all in the supervisor's thread."""
 
-    def __init__(self, grace: float, crew: Crew, dispatcher: Dispatcher[Worker]) -> None:
+    def __init__(
+        self, grace: float, crew: Crew, dispatcher: Dispatcher[Worker], recycle: Callable[[Worker], object]
+    ) -> None:
+        """Args: `recycle` sends a worker home that has run its last task."""
         self._grace = grace
+        self._recycle = recycle
         self._crew = crew
         self._dispatcher = dispatcher
         self._reminders: dict[Worker, _Reminder] = {}
@@ -156,6 +162,7 @@ class Stopping:
         worker = self._dispatcher.take_over(lease, expected=True)
         if worker is None:
             return
+        worker.last_task = name_task_of(lease)
         worker.state = State.RECOVERING
         worker.deadline = lease.deadline
         self._crew.watch_channel(worker, self._on_answer, writable=worker.unsent is not None)
@@ -182,9 +189,8 @@ class Stopping:
         worker.in_call = False
         worker.tasks_done += 1
         if not worker.tasks_left:
-            self._dispatcher.tally.count("recycled")
             self._dispatcher.remove(worker)
-            self._crew.send_home(worker, time.monotonic() + self._grace)
+            self._recycle(worker)
             return
         if worker.is_too_large:
             self._dispatcher.replace(worker)

@@ -65,10 +65,14 @@ class Supervisor:
         next_task_id: gives the next number.
         notify, look_by: see `Crew.wake` and `Crew.look_by`.
         idle_timeout: as in the settings.
+        slow_task: as in the settings.
         first_look: after so many seconds a task must be looked at: at its memory, or because it is slow; or None.
     """
 
-    def __init__(self, settings: Settings, starter: WorkerStarter, announcer: Announcer) -> None:
+    def __init__(
+        self, settings: Settings, starter: WorkerStarter, announcer: Announcer, on_start: Callable[[], object]
+    ) -> None:
+        """Args: `on_start` is called when the first call, or whoever starts the pool, starts the thread."""
         self.name = settings.name
         self.finished = False
         self.is_closing = False
@@ -86,15 +90,17 @@ class Supervisor:
         self._settings = settings
         self._oom_witness = OomWitness()
         self._announcer = announcer
+        self._on_start = on_start
         self._births = Births(settings, starter, self._crew, self.dispatcher, self._oom_witness, announcer)
-        self._stopping = Stopping(settings.grace, self._crew, self.dispatcher)
+        self._stopping = Stopping(settings.grace, self._crew, self.dispatcher, self._recycle)
         self._memory_guard = MemoryGuard(settings.hard_memory_per_child, self._crew, self.dispatcher)
         self.idle_timeout = settings.idle_timeout
-        self._stacks = Stacks(self.dispatcher)
+        self._stacks = Stacks(self._crew, self.dispatcher)
         self._slow_tasks = SlowTasks(settings.slow_task, settings.name, self.dispatcher, self._stacks, announcer)
         self._log_keeper = LogKeeper(settings.name, self._crew, announcer)
         sampling_interval = None if settings.hard_memory_per_child is None else SAMPLING_INTERVAL
         looks = [each for each in (sampling_interval, settings.slow_task) if each is not None]
+        self.slow_task = settings.slow_task
         self.first_look = min(looks, default=None)
         self._thread_id: int | None = None
         self._orders: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -138,6 +144,7 @@ class Supervisor:
             if isinstance(error, Exception):
                 raise PoolBroken(text, error) from error
             raise
+        self._on_start()
         if self.dispatcher.closed:
             self.stop_soon()  # closed in the same moment, by one who saw nothing to stop
 
@@ -406,9 +413,10 @@ class Supervisor:
         self._log_keeper.finish(worker)
         if worker.was_killed_by_others:
             worker.oom = self._oom_witness.was_oom_kill()
-        if worker.state is not State.LEAVING and not self._births.stopped:
+        if not worker.was_sent_home and not self._births.stopped:
             self.tally.count("workers_died")
-            self._announcer.announce(self._tell_death(worker))
+            if worker.state is not State.LEAVING:  # else its initializer has failed, and callers are told
+                self._announcer.announce(self._tell_death(worker))
         worker.state = State.ENDED
         worker.deadline = math.inf
         self._crew.unwatch_channel(worker)

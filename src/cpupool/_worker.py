@@ -131,6 +131,7 @@ class Worker:
         state: see `State`.
         deadline: when the supervisor kills it, on the monotonic clock; while it is lent, its lease has one of its own.
         was_killed: True if the pool has killed it.
+        was_sent_home: True if it was told to leave.
         oom: True if the kernel has killed it for want of memory; None if that cannot be known.
         excess: the bytes of memory for which the pool has killed it, and how many it was allowed; or None.
         heir: settled with its `Death` for the call that lost it.
@@ -173,6 +174,7 @@ class Worker:
         "tasks_left",
         "unsent",
         "was_killed",
+        "was_sent_home",
     )
 
     def __init__(
@@ -184,6 +186,7 @@ class Worker:
         self.heir: Ticket | None = None
         self.last_task: str | None = None
         self.was_killed = False
+        self.was_sent_home = False
         self.oom: bool | None = False
         self.excess: tuple[int, int] | None = None
         self.tasks_left: float = math.inf if max_tasks is None else max_tasks
