@@ -77,6 +77,9 @@ def ask(pid: int, question: str) -> Any:
                     line = answer.readline()
             except FileNotFoundError:
                 continue
+            except PermissionError as error:
+                refused = str(error)
+                continue
             except ConnectionRefusedError:
                 refused = f"there is no program with process id {pid} any more"
                 continue

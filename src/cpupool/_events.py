@@ -141,11 +141,12 @@ class Announcer:
             left = len(self._queue)
 
     def _work(self) -> None:
-        self._thread_id = threading.get_ident()
         while True:
+            self._thread_id = threading.get_ident()
             try:
                 delivery = self._queue.popleft()
             except IndexError:
+                self._thread_id = None
                 self._idle.append(None)
                 if not self._queue or not self._take_token():
                     return
