@@ -6,6 +6,8 @@ import collections
 import contextlib
 import contextvars
 import ctypes
+import enum
+import http
 import itertools
 import logging
 import os
@@ -864,11 +866,20 @@ def count_in_prometheus() -> str | None:
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 
 
+class Level(enum.IntEnum):
+    WARNING = 30
+
+
+class Kind(enum.StrEnum):
+    OF_TEXT = "a kind"
+
+
 def log_awkwardly(name: str) -> None:
     logger = logging.getLogger(name)
     logger.warning("many", extra={f"extra{number}": "x" * 10_000 for number in range(20)})
     logger.warning("\N{GRINNING FACE}" * 30_000, extra={"more": "\N{GRINNING FACE}" * 30_000}, stack_info=True)
-    logger.warning("no way back", extra={"extra": RefusesToUnpickle()})
+    extra = {"extra": RefusesToUnpickle(), "code": http.HTTPStatus.NOT_FOUND, "kind": Kind.OF_TEXT}
+    logger.log(Level.WARNING, "no way back", extra=extra)
     logger.warning({"event": "hello", "user": 1})
 
 

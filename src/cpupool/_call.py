@@ -331,16 +331,21 @@ async def exchange_in_context(
     if not options.carriers:
         return await exchange(b"")
     reply: Frame | None = None
+    kept: BaseException = WorkerGone()
     dumps = options.serializer.dumps
     try:
         with carrying(options.carriers, name_task(fn, options), lease.queued, dumps) as context:
-            reply = await exchange(context)
+            try:
+                reply = await exchange(context)
+            except BaseException as error:
+                kept = error
+                raise
             if has_failed(reply):
                 raise TaskFailed
     except TaskFailed:
         pass
     if reply is None:
-        raise WorkerGone  # a carrier has kept that to itself
+        raise kept  # a carrier has taken it for its own
     return reply
 
 

@@ -50,7 +50,7 @@ def allow_inspection_if_wanted() -> None:
         return
     try:
         allow_inspection()
-    except OSError as error:
+    except Exception as error:
         logger.warning("%s is set, but this program cannot be looked into: %s", VARIABLE, error)
 
 
@@ -60,10 +60,7 @@ def ask(pid: int, question: str) -> Any:
     Raises:
         OSError: it cannot be asked; the message says why.
     """
-    try:
-        user = os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        user = os.geteuid()  # it has gone, or this is not Linux
+    user = _user_of(pid)
     refused = ""
     for folder in dict.fromkeys(_folders(user)):
         path = folder / f"{pid}.socket"
@@ -88,6 +85,15 @@ def ask(pid: int, question: str) -> Any:
         except ValueError:
             raise OSError(f"the program with process id {pid} has not answered") from None
     raise OSError(refused or _explain(pid))
+
+
+def _user_of(pid: int) -> int:
+    """Return the effective user id of a process; this one's if it has gone, or this is not Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("\nUid:")[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return os.geteuid()
 
 
 def _explain(pid: int) -> str:
@@ -137,10 +143,11 @@ class _Door:
             self._path.unlink(missing_ok=True)  # of a process that had this number before
             self._socket.bind(str(self._path))
             self._socket.listen()
+            threading.Thread(target=self._serve, name="cpupool-inspection", daemon=True).start()
         except BaseException:
             self._socket.close()
+            self._path.unlink(missing_ok=True)
             raise
-        threading.Thread(target=self._serve, name="cpupool-inspection", daemon=True).start()
 
     def _serve(self) -> None:
         while True:

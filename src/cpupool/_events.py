@@ -130,7 +130,7 @@ class Announcer:
 
     def finish(self, at_most: float) -> None:
         """Wait until all is delivered that was queued before: so many seconds, and on while something is."""
-        if self._idle or threading.get_ident() == self._thread_id:
+        if threading.get_ident() == self._thread_id or (not self._queue and self._idle):  # in this order
             return
         is_done = threading.Event()
         self.deliver(is_done.set)
@@ -141,14 +141,15 @@ class Announcer:
             left = len(self._queue)
 
     def _work(self) -> None:
+        queue, idle = self._queue, self._idle  # a callback may fork, and the child begins anew with others
         while True:
             self._thread_id = threading.get_ident()
             try:
-                delivery = self._queue.popleft()
+                delivery = queue.popleft()
             except IndexError:
                 self._thread_id = None
-                self._idle.append(None)
-                if not self._queue or not self._take_token():
+                idle.append(None)
+                if not queue or not _take_token(idle):
                     return
                 continue
             try:
@@ -157,13 +158,14 @@ class Announcer:
                 with contextlib.suppress(BaseException):
                     logger.exception("an error while telling what happens to a pool")
 
-    def _take_token(self) -> bool:
-        """Return True if the thread goes on, because something was queued just before it ended."""
-        try:
-            self._idle.pop()
-        except IndexError:
-            return False  # another one was started
-        return True
+
+def _take_token(idle: list[None]) -> bool:
+    """Return True if the thread goes on, because something was queued just before it ended."""
+    try:
+        idle.pop()
+    except IndexError:
+        return False  # another one was started
+    return True
 
 
 def _tell(event: Event, callbacks: tuple[Callable[[Event], object], ...]) -> None:

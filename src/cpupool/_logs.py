@@ -125,13 +125,17 @@ def pack_record(record: logging.LogRecord) -> bytes:
 def _plain(value: Any, depth: int, most: int) -> Any:
     """Return a value made of plain types only, with texts of so many characters at most."""
     kind = type(value)
-    if value is None or kind in (bool, float) or (kind is int and -(2**63) <= value < 2**64):
+    if value is None or kind in (bool, float):
         return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return int.__index__(value)  # an enum's member becomes its number
+    if isinstance(value, float):
+        return float.__float__(value)
     if depth and kind in (list, tuple):
         return kind(_plain(each, depth - 1, most) for each in value)
     if depth and isinstance(value, dict):
         return {str(name): _plain(each, depth - 1, most) for name, each in value.items()}
-    text = str(value) if isinstance(value, str) else _repr(value)
+    text = str.__str__(value) if isinstance(value, str) else _repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
@@ -157,7 +161,10 @@ def collect_levels() -> dict[str, int]:
 
 def handle_record(packed: bytes) -> None:
     """Handle a record as if it had been logged here."""
-    record = logging.LogRecord("", 0, "", 0, "", None, None)  # not by the program's factory: it has been made
+    try:
+        record = logging.getLogRecordFactory()("", logging.NOTSET, "", 0, "", (), None)  # with what a program adds
+    except Exception:
+        record = logging.LogRecord("", logging.NOTSET, "", 0, "", (), None)
     record.__dict__.update(pickle.loads(packed))
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):

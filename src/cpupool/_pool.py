@@ -296,8 +296,8 @@ class CpuPool(PoolCalls):
 
         It is called in a thread of its own, one event after another; in asyncio, let it use
         `loop.call_soon_threadsafe`.  While it takes its time nothing else is told, what workers log neither, and the
-        end of the pool waits for a second.  What it raises is logged.  The same events are logged, by the logger
-        `cpupool`.
+        end of the pool waits for a second, or up to ten if many events are left.  What it raises is logged.  The same
+        events are logged, by the logger `cpupool`.
 
         Raises:
             TypeError: it cannot be called.

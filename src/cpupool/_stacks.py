@@ -178,6 +178,8 @@ class SlowTasks:
             if lease.owner is not None:
                 item, since = worker.process.running_item(lease.task_id) or (BEFORE_FIRST, since)
             if (lease.task_id, item) in self._told:
+                if lease.owner is None:
+                    continue
                 since = max(since, time.monotonic())  # the next one cannot have begun before
             found.append((lease, worker, item, since))
         return found
@@ -192,10 +194,12 @@ class SlowTasks:
                 self._ask(lease, worker, since)
 
     def _ask(self, lease: Lease[Worker], worker: Worker, started: float) -> None:
-        task, pid = name_task_of(lease), worker.process.pid
+        task, pid, task_id = name_task_of(lease), worker.process.pid, lease.task_id
 
         def tell(stack: str | None) -> None:
             seconds = time.monotonic() - started
+            if stack == "" and lease.worker is worker and not worker.process.has_finished(task_id):
+                stack = _without_frames(lease)
             text = f"{task} has run for {seconds:.3g} s in worker {pid}, more than slow_task allows ({self._limit:g} s)"
             self._announcer.announce(
                 Event(
@@ -205,7 +209,7 @@ class SlowTasks:
                     pid=pid,
                     task=task,
                     seconds=seconds,
-                    stack=_without_frames(lease) if stack == "" else stack,
+                    stack=stack or None,
                 )
             )
 
