@@ -446,7 +446,8 @@ async def test_d2_whatever_is_in_a_record_it_arrives(records: pytest.LogCaptureF
         "no way back",
         "{'event': 'hello', '",
     ]
-    assert "_RefusesToUnpickle" in found[2].__dict__["extra"] or "RefusesToUnpickle" in found[2].__dict__["extra"]
+    assert "RefusesToUnpickle" in found[2].__dict__["extra"]
+    assert (found[2].__dict__["code"], found[2].__dict__["kind"]) == (404, "a kind")
     assert found[3].msg == {"event": "hello", "user": 1}, "as structlog wants it"
     assert not of(records, "cpupool")
 
