@@ -195,7 +195,7 @@ async def test_spans_have_the_times_of_the_call(spans: InMemorySpanExporter) -> 
             group.start_soon(pool.run, tasks.busy, 0.2)
     waits = sorted(duration(span) for span in spans.get_finished_spans() if span.name == "wait for a worker")
     runs = [duration(span) for span in spans.get_finished_spans() if span.name == "tasks.busy"]
-    assert waits[0] < 0.1
+    assert waits[0] < waits[1]
     assert waits[1] >= 0.19
     assert min(runs) >= 0.2
 
