@@ -264,6 +264,7 @@ def test_the_button_that_interrupts(tmp_path: Path, browser: webdriver.Chrome) -
         assert complaints(browser) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 def test_on_a_phone_and_in_the_dark(tmp_path: Path, browser: webdriver.Chrome, width: int) -> None:
     pool = CpuPool(2, name="images")

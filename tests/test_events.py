@@ -139,6 +139,7 @@ async def test_a_slow_task_is_told_of_once_with_its_stack() -> None:
         assert (await wait_for(listener, "worker_died", "task_slow")).kind == "worker_died"
 
 
+@pytest.mark.slow
 async def test_a_slow_task_in_a_map_and_one_that_holds_the_gil() -> None:
     async with CpuPool(1, slow_task=0.1) as pool:
         listener = Listener(pool)
@@ -151,6 +152,7 @@ async def test_a_slow_task_in_a_map_and_one_that_holds_the_gil() -> None:
         assert "in hold_gil_forever" in ((await wait_for(listener, "task_slow")).stack or "")
 
 
+@pytest.mark.slow
 async def test_a_caller_that_is_late_makes_no_task_slow(caplog: pytest.LogCaptureFixture) -> None:
     async with CpuPool(1, slow_task=0.2) as pool:
         listener = Listener(pool)
@@ -334,6 +336,7 @@ async def test_stacks_of_a_pool_without_workers_that_run() -> None:
     assert pool.dump_stacks() == {}
 
 
+@pytest.mark.slow
 async def test_stacks_while_workers_die_and_the_pool_closes() -> None:
     for _ in range(5):
         async with CpuPool(2) as pool:
@@ -491,6 +494,7 @@ async def test_d2_what_waits_for_a_slow_handler_is_bounded(records: pytest.LogCa
     assert any("are lost" in record.msg for record in of(records, "cpupool"))
 
 
+@pytest.mark.slow
 async def test_d2_a_slow_handler_gets_all_before_the_pool_has_ended() -> None:
     got = []
 

@@ -273,6 +273,7 @@ async def test_a_map_of_a_large_function_can_be_given_up_before_it_begins() -> N
         assert await pool.map(tasks.add, [1, 2]) == [1, 2]
 
 
+@pytest.mark.slow
 def test_whatever_timeout_sockets_have_by_default(run_script: RunScript) -> None:
     done = run_script("""
 import socket, time, cpupool, large, numpy

@@ -214,6 +214,7 @@ async def test_a_preload_that_hangs_is_killed_after_start_timeout(module_folder:
     await pool.aclose()
 
 
+@pytest.mark.slow
 async def test_a_preload_that_hangs_is_killed_though_nobody_waits_any_more(module_folder: Path, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     (module_folder / "hanging.py").write_text(f"import tasks; tasks.write_pid_and_sleep({str(pid)!r})")
@@ -730,6 +731,7 @@ async def test_c5_a_worker_stays_while_its_successor_cannot_start(tmp_path: Path
         assert await pool.run(tasks.get_pid) != old
 
 
+@pytest.mark.slow
 def test_c5_workers_that_leave_slowly_do_not_pile_up() -> None:
     with CpuPool(2, max_tasks_per_child=1, finalizer=tasks.sleep_half_a_second, grace=5) as pool:
         most = 0

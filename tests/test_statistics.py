@@ -446,6 +446,7 @@ async def test_a_function_without_a_label_is_named(tmp_path: Path) -> None:
         gate.open()
 
 
+@pytest.mark.slow
 async def test_workers_that_start_and_that_stop_a_task() -> None:
     pool = CpuPool(1, initializer=time.sleep, initargs=(0.3,), grace=2)
     async with anyio.create_task_group() as group:
