@@ -536,6 +536,19 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr) == ("forkserver once\nspawn once\nfork once\nend\n", "")
 
 
+def test_d2_the_files_of_handlers_that_are_not_used_stay_open(run_script: RunScript) -> None:
+    """Else there would be warnings in each worker."""
+    done = run_script("""
+import logging, cpupool, gc
+logging.basicConfig(stream=open("/dev/null", "w"))
+
+if __name__ == "__main__":
+    with cpupool.CpuPool(1) as pool:
+        pool.run_sync(gc.collect)
+""")
+    assert done.stderr == ""
+
+
 def test_d2_in_a_program_that_does_not_configure_its_logging(run_script: RunScript) -> None:
     done = run_script("""
 import logging, cpupool, tasks

@@ -55,6 +55,7 @@ class LogForwarder(logging.Handler):
         super().__init__()
         self._channel = channel
         self._page = page
+        self.replaced: list[logging.Handler] = []  # kept, or their files would be closed by the garbage collector
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record, or count it as lost."""
@@ -91,6 +92,7 @@ def forward_logs(channel: socket.socket, page: memoryview, levels: Mapping[str, 
         ends_here = logger is root or not logger.propagate
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
+            forwarder.replaced.append(handler)
         if ends_here:
             logger.addHandler(forwarder)
     for name, level in levels.items():
