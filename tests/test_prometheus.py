@@ -58,6 +58,9 @@ async def test_metrics_are_scraped(address: str, registry: prometheus_client.Col
         with pytest.raises(cpupool.WorkerDied):
             await pool.run(tasks.exit_at_once, 1)
         await pool.run(tasks.add, 1)
+        with anyio.fail_after(20):
+            while pool.statistics().idle != 2:  # the dead one is replaced
+                await anyio.sleep(0.001)
         found = await scrape(address)
         known = pool.statistics()
 
