@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ._events import logger
 from ._logs import MOST_BYTES, handle_record
@@ -62,29 +62,30 @@ class LogKeeper:
         credit, since = self._credits[worker]
         now = time.monotonic()
         credit = min(credit + (now - since) * _RATE, _BURST)
-        if self._delivered - self._handled > _MOST_WAITING:
-            credit = 0
-        records, is_over = self._take(worker, int(credit))
+        room = _MOST_WAITING - (self._delivered - self._handled)
+        records, left = self._take(worker, int(credit), room)
         self._credits[worker] = credit - len(records), now
         self._deliver(worker, records)
-        if is_over:
-            self._unwatch(worker)  # it has closed its end
-        elif len(records) >= int(credit):
+        if left != "nothing":
             self._unwatch(worker)
+        if left == "some":
             self._resting[worker] = now + _REST
 
-    def _take(self, worker: Worker, most: int) -> tuple[list[bytes], bool]:
-        """Return the records that have come, so many at most; and whether it was the end."""
+    def _take(
+        self, worker: Worker, most: int, room: float = math.inf
+    ) -> tuple[list[bytes], Literal["nothing", "some", "end"]]:
+        """Return the records that have come, so many at most, while there is room for their bytes; and what is left."""
         records: list[bytes] = []
-        while len(records) < most:
+        while len(records) < most and room > 0:
             try:
                 packed = worker.process.logs.recv(2 * MOST_BYTES)
             except OSError:  # nothing is there, or it was reset
-                return records, False
+                return records, "nothing"
             if not packed:
-                return records, True
+                return records, "end"  # it has closed its end
             records.append(packed)
-        return records, False
+            room -= len(packed)
+        return records, "some"
 
     def _deliver(self, worker: Worker, records: list[bytes]) -> None:
         for packed in records:
@@ -109,7 +110,7 @@ class LogKeeper:
         """Read what an ended worker has left behind."""
         if self._credits.pop(worker, None) is None:
             return
-        if self._resting.pop(worker, None) is None and self._crew.watches(worker.process.logs.fileno()):
-            self._unwatch(worker)
+        self._resting.pop(worker, None)
+        self._unwatch(worker)
         self._deliver(worker, self._take(worker, _BURST)[0])
         del self._lost[worker]
