@@ -45,6 +45,12 @@ async def quiet(pool: CpuPool) -> Statistics:
             await anyio.sleep(0.001)
 
 
+async def wait_until_one_waits(pool: CpuPool) -> None:
+    with anyio.fail_after(10):
+        while pool.statistics().pending != 1:
+            await anyio.lowlevel.checkpoint()
+
+
 # --- counters ---
 
 
@@ -93,9 +99,7 @@ async def test_calls_that_are_not_taken_are_refused(tmp_path: Path) -> None:
         group.start_soon(pool.run, tasks.hold, *gate.arguments)
         await anyio.to_thread.run_sync(gate.wait_until_begun)
         group.start_soon(pool.run, tasks.add, 1)
-        with anyio.fail_after(10):
-            while pool.statistics().pending != 1:
-                await anyio.lowlevel.checkpoint()
+        await wait_until_one_waits(pool)
         with pytest.raises(cpupool.PoolFull):
             await pool.run(tasks.add, 2)
         found = pool.statistics()
@@ -251,9 +255,7 @@ async def test_waiting_for_room_is_pending_too(tmp_path: Path) -> None:
         group.start_soon(pool.run, tasks.hold, *gate.arguments)
         await anyio.to_thread.run_sync(gate.wait_until_begun)
         group.start_soon(pool.run, tasks.add, 1)
-        with anyio.fail_after(10):
-            while pool.statistics().pending != 1:
-                await anyio.lowlevel.checkpoint()
+        await wait_until_one_waits(pool)
         gate.open()
         found = await quiet(pool)
         assert ends(found) == {"succeeded": 2}

@@ -33,7 +33,7 @@ from ._outcomes import (
     name_task,
     read_interruption,
 )
-from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge
+from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge, packed_size
 from ._reports import ReportingWaits
 from ._settings import encode_label
 from ._statistics import outcome_of
@@ -95,9 +95,7 @@ class Call:
     @property
     def _size(self) -> int | None:
         """How many bytes it holds; None while that is not known."""
-        if self._arguments is not None:
-            return None
-        return len(self._packed) if isinstance(self._packed, bytes) else self._packed.size
+        return None if self._arguments is not None else packed_size(self._packed)
 
     async def _pack_apart(self, args: tuple[object, ...], kwargs: dict[str, object], waits: Waits) -> None:
         """Pickle what would hold up the event loop."""

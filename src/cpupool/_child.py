@@ -208,7 +208,7 @@ def main(setup: Setup | PickledSetup) -> None:
         duties = setup.receive_duties(decoder, shares)
         serializer = _payload.get_serializer(duties.serializer)
         set_reporter(Reporter(page, setup.status, serializer.dumps))
-        setup.logs.setblocking(False)
+        setup.logs.setblocking(False)  # whatever is logged, and whoever reads it
         when_forked.append(forward_logs(setup.logs, page, duties.log_levels))
         set_state = _open_title(duties.title)
         set_state("starting")

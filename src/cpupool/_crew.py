@@ -80,11 +80,10 @@ class Crew:
         """Call `on_event()` whenever it can be read."""
         self._selector.register(descriptor, selectors.EVENT_READ, on_event)
 
-    def watches(self, descriptor: int) -> bool:
-        return descriptor in self._selector.get_map()
-
     def unwatch_descriptor(self, descriptor: int) -> None:
-        self._selector.unregister(descriptor)
+        """Do so no more, if that was so."""
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
     # --- workers ---
 

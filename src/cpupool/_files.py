@@ -57,17 +57,17 @@ class Descriptor:
             _close(self.number)
 
 
-def open_memory_file() -> Descriptor | None:
-    """Make a file of memory; None where that cannot be, or no descriptor is left."""
+def open_memory_file(name: str = "cpupool") -> Descriptor | None:
+    """Make a file of memory; None where that cannot be, or no descriptor is left.  The name is for those who look."""
     try:
-        return Descriptor(os.memfd_create("cpupool"))
+        return Descriptor(os.memfd_create(name))
     except (AttributeError, OSError):
         return None
 
 
-def open_file_to_share() -> Descriptor:
-    """Make a file of memory; where that cannot be, one on disk that has lost its name at once."""
-    file = open_memory_file()
+def open_nameless_file(name: str = "cpupool") -> Descriptor:
+    """Do as `open_memory_file`; where that cannot be, make one on disk that has lost its name at once."""
+    file = open_memory_file(name)
     if file is None:
         import tempfile
 

@@ -40,7 +40,6 @@ def open_sockets() -> tuple[socket.socket, socket.socket]:
     """Return both ends of what records travel through: the pool's, non-blocking, and the worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, _KIND)
     ours.setblocking(False)
-    theirs.setblocking(False)
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_SIZE)
     return ours, theirs
 

@@ -37,7 +37,7 @@ from ._large import send_off
 from ._lease import Lease, Verdict
 from ._outcomes import Interruption, make_death_error, make_stop_error, name_task
 from ._pace import Pace
-from ._parcels import MOST_ON_LOOP, GivenUp, Parcel, Shipment, TooLarge, check_new_shares
+from ._parcels import MOST_ON_LOOP, GivenUp, Parcel, Shipment, TooLarge, check_new_shares, packed_size
 from ._segments import Segment, make_failure, rebuild
 from ._settings import encode_label
 from ._sources import FedSource, count_all, open_source
@@ -129,7 +129,7 @@ class _Batch:
     @property
     def packed_size(self) -> int:
         """How many bytes its items are, pickled."""
-        return self.packed.size if isinstance(self.packed, Parcel) else len(self.packed or b"")
+        return packed_size(self.packed or b"")
 
     @property
     def runs_none(self) -> bool:
@@ -465,8 +465,7 @@ class Flow:
         return await run_attempt(lease, errand, self._fn, options, self._supervisor, self._waits, batch.size)
 
     def _count_bytes(self, batch: _Batch) -> int:
-        function = self._function
-        return batch.packed_size + (len(function) if isinstance(function, bytes) else function.size)
+        return batch.packed_size + packed_size(self._function)
 
     def encode(self, batch: _Batch, task_id: int, context: bytes, worker: Worker) -> tuple[bytes, Shipment | None]:
         """Return the frame of a batch, and what belongs to it, for a worker, which is there now."""

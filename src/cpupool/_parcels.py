@@ -345,6 +345,11 @@ class _Pieces:
             self._pause()
 
 
+def packed_size(packed: bytes | Parcel) -> int:
+    """Return how many bytes `pack` has made of a value."""
+    return len(packed) if isinstance(packed, bytes) else packed.size
+
+
 def is_parcel(body: memoryview | bytes) -> bool:
     """Return True for a parcel, False for a pickle."""
     return body[0] == _NO_PICKLE

@@ -262,7 +262,7 @@ class CpuPool(PoolCalls):
         Args:
             pid: ask only that worker.
         """
-        stacks: dict[int, str] = self._ask_supervisor("dump_stacks", pid, default={})
+        stacks: dict[int, str] = self._ask_supervisor(self._supervisor.dump_stacks, pid, default={})
         return stacks
 
     def interrupt(self, pid: int) -> bool:
@@ -276,10 +276,10 @@ class CpuPool(PoolCalls):
         Returns:
             True if it ran one, which was asked to stop; it may have ended by itself in the same moment.
         """
-        found: bool = self._ask_supervisor("interrupt", pid, default=False)
+        found: bool = self._ask_supervisor(self._supervisor.interrupt, pid, default=False)
         return found
 
-    def _ask_supervisor(self, order: str, *args: Any, default: Any) -> Any:
+    def _ask_supervisor(self, order: Callable[..., object], *args: Any, default: Any) -> Any:
         """Have the supervisor's thread carry out an order that settles a ticket, and return what it says."""
         supervisor = self._supervisor
         if not supervisor.is_running:
@@ -287,7 +287,7 @@ class CpuPool(PoolCalls):
         supervisor.refuse_in_its_thread()
         waits = BlockingWaits()
         ticket = waits.ticket()
-        supervisor.post(getattr(supervisor, order), ticket, *args)
+        supervisor.post(order, ticket, *args)
         run_to_end(waits.settled(ticket))
         return ticket.result()
 

@@ -24,6 +24,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from . import _batches, _child, _logs, _settling, _status
+from ._files import open_nameless_file
 from ._forking import at_fork
 from ._journal import read_journal
 from ._last_words import STACKS_OFFSET, read_last_words
@@ -286,14 +287,10 @@ class WorkerProcess:
 
     def take_stack(self) -> str | None:
         """Return, and forget, the Python stack at a crash, or else the first that was written after an interrupt."""
-        stack = self.first_stack()
-        if self.stacks_end() > STACKS_OFFSET:
+        stack = self.read_stack(STACKS_OFFSET)
+        if stack is not None:
             self._forget_stacks()
-        return stack
-
-    def first_stack(self) -> str | None:
-        """Do as `take_stack`, but forget nothing."""
-        return self.read_stack(STACKS_OFFSET) or None
+        return stack or None
 
     def _forget_stacks(self) -> None:
         os.ftruncate(self._status, STACKS_OFFSET)
@@ -391,14 +388,8 @@ def _daemon_may_have_children() -> Iterator[None]:
 
 
 def _open_status_file() -> int:
-    """Make a file of memory without a name, for the worker's status page, its journal, and stacks."""
-    if hasattr(os, "memfd_create"):
-        number = os.memfd_create("cpupool-status")
-    else:
-        import tempfile
-
-        with tempfile.TemporaryFile() as file:
-            number = os.dup(file.fileno())
+    """Make a file without a name, for the worker's status page, its journal, and stacks."""
+    number = open_nameless_file("cpupool-status").detach()
     os.truncate(number, STACKS_OFFSET)
     return number
 

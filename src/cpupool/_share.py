@@ -86,7 +86,7 @@ class Share(Shared[T]):
             value = memoryview(value)
         packed = pack(value, self._serializer.make_pickler, large=1, refers=False)
         parcel = packed if isinstance(packed, Parcel) else Parcel([packed], len(packed), [])
-        file = _files.open_file_to_share()
+        file = _files.open_nameless_file()
         head = parcel.write_to(file).head
         self._head = os.fstat(file.number).st_size
         _files.write_all(file, [head], self._head)

@@ -59,8 +59,16 @@ class Stacks:
         self._next_number = itertools.count(1).__next__
         self._is_over = False
 
-    def ask(self, worker: Worker, on_stack: Callable[[str | None], object]) -> None:
-        """Call `on_stack` with the stack of a worker's task: empty if there is none, None if it does not answer."""
+    def ask(self, worker: Worker, lease: Lease[Worker] | None, on_stack: Callable[[str | None], object]) -> None:
+        """Call `on_stack` with the stack of a worker's task: empty if there is none, None if it does not answer.
+
+        Args:
+            worker: the worker.
+            lease: that of its task, which may be a function of C, and have no stack; None if it was given up.
+            on_stack: it is called in this thread.
+        """
+        if lease is not None:
+            on_stack = functools.partial(_tell_stack, on_stack, worker, lease, lease.task_id)
         if self._is_over:
             on_stack(None)
             return
@@ -77,26 +85,22 @@ class Stacks:
         """Settle the ticket with the stacks of all busy workers, or of that one, by their process ids."""
         found: dict[int, str] = {}
         leases = {lease.worker: lease for lease in self._dispatcher.leases() if lease.started}
-        given_up = {worker: None for worker in self._crew.workers if worker.state is State.RECOVERING}
-        missing = {each for each in leases | given_up if each is not None and pid in (None, each.process.pid)}
+        busy = [*leases, *(worker for worker in self._crew.workers if worker.state is State.RECOVERING)]
+        missing = {worker for worker in busy if worker is not None and pid in (None, worker.process.pid)}
         if not missing:
             ticket.settle(found)
 
-        def note(worker: Worker, task_id: int | None, stack: str | None) -> None:
+        def note(worker: Worker, stack: str | None) -> None:
             missing.discard(worker)
-            pid, lease = worker.process.pid, leases.get(worker)
             if stack is None:
-                found[pid] = "no answer: the process is stopped, or waits in the system"
-            elif stack:
-                found[pid] = stack
-            elif lease is not None and lease.worker is worker and lease.task_id == task_id:
-                found[pid] = _without_frames(lease)
+                stack = "no answer: the process is stopped, or waits in the system"
+            if stack:
+                found[worker.process.pid] = stack
             if not missing:
                 ticket.settle(dict(sorted(found.items())))
 
         for worker in list(missing):
-            lease = leases.get(worker)
-            self.ask(worker, functools.partial(note, worker, None if lease is None else lease.task_id))
+            self.ask(worker, leases.get(worker), functools.partial(note, worker))
 
     def next_deadline(self) -> float:
         """Return when to look again."""
@@ -142,8 +146,17 @@ class Stacks:
             self._answer(worker, request, None)
 
 
-def _without_frames(lease: Lease[Worker]) -> str:
-    return f"no Python code: it is in {name_task_of(lease)} itself, which is C code, or sends and receives"
+def _tell_stack(
+    on_stack: Callable[[str | None], object],
+    worker: Worker,
+    lease: Lease[Worker],
+    task_id: int,
+    stack: str | None,
+) -> None:
+    is_there = lease.worker is worker and lease.task_id == task_id and not worker.process.has_finished(task_id)
+    if stack == "" and is_there:
+        stack = f"no Python code: it is in {name_task_of(lease)} itself, which is C code, or sends and receives"
+    on_stack(stack)
 
 
 class SlowTasks:
@@ -169,7 +182,8 @@ class SlowTasks:
         """Return those that run and were not told of: the lease, the worker, the item's number, and when it began."""
         found = []
         leases = self._dispatcher.leases()
-        self._told &= {(task_id, item) for task_id, item in self._told if task_id in {each.task_id for each in leases}}
+        running = {lease.task_id for lease in leases}
+        self._told = {(task_id, item) for task_id, item in self._told if task_id in running}
         for lease in leases:
             worker = lease.worker
             if not lease.started or worker is None or worker.process.has_finished(lease.task_id):
@@ -194,12 +208,10 @@ class SlowTasks:
                 self._ask(lease, worker, since)
 
     def _ask(self, lease: Lease[Worker], worker: Worker, started: float) -> None:
-        task, pid, task_id = name_task_of(lease), worker.process.pid, lease.task_id
+        task, pid = name_task_of(lease), worker.process.pid
 
         def tell(stack: str | None) -> None:
             seconds = time.monotonic() - started
-            if stack == "" and lease.worker is worker and not worker.process.has_finished(task_id):
-                stack = _without_frames(lease)
             text = f"{task} has run for {seconds:.3g} s in worker {pid}, more than slow_task allows ({self._limit:g} s)"
             self._announcer.announce(
                 Event(
@@ -213,4 +225,4 @@ class SlowTasks:
                 )
             )
 
-        self._stacks.ask(worker, tell)
+        self._stacks.ask(worker, lease, tell)

@@ -429,7 +429,7 @@ class Supervisor:
 
     def _tell_death(self, worker: Worker) -> Event:
         """Make the event of a worker that has ended without being told to leave; its status may be unknown."""
-        death = worker.death(keep_stack=True)
+        death = worker.death()
         task = worker.last_task or name_task_of(self.dispatcher.lease_of(worker))
         if death.by_pool:
             how = "was killed by the pool, because it did not come to an end in time"

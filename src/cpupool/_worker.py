@@ -148,6 +148,7 @@ class Worker:
     """
 
     __slots__ = (
+        "_death",
         "_decoder",
         "_has_shipment",
         "_incoming",
@@ -203,6 +204,7 @@ class Worker:
         self._streams: Sequence[Descriptor] = ()  # those of them that are closed here once they have gone
         self._incoming: Stream | None = None  # what is large of an answer
         self._state = State.STARTING
+        self._death: Death | None = None  # once it was asked for
         self._decoder = FrameDecoder()
         self._sent: list[int] = []  # how many bytes of `unsent` were sent, until that is noted there
         self._received: list[Any] = []  # what was received, until it is fed to the decoder
@@ -488,8 +490,13 @@ class Worker:
             return True
         return self.oom if is_known or self.was_killed else None
 
-    def death(self, *, keep_stack: bool = False) -> Death:
-        """Describe how the ended process ended; with the stack, which is forgotten then, unless it is to be kept."""
+    def death(self) -> Death:
+        """Describe how the ended process ended."""
+        if self._death is None:
+            self._death = self._describe_death()
+        return self._death
+
+    def _describe_death(self) -> Death:
         status = self.process.poll()
         if status == UNKNOWN_STATUS:
             status = None
@@ -498,7 +505,7 @@ class Worker:
             pid=self.process.pid,
             exitcode=None if died_of_signal else status,
             signal=-status if status is not None and died_of_signal else None,
-            stack=self.process.first_stack() if keep_stack else self.process.take_stack(),
+            stack=self.process.take_stack(),
             last_words=self.process.last_words(),
             last_task_id=self.process.last_task_id(),
             by_pool=self.was_killed and self.excess is None,
