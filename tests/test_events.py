@@ -483,15 +483,25 @@ async def test_d2_a_factory_of_records_is_asked_once(records: pytest.LogCaptureF
     assert made.__dict__["short"] in ("", "made"), "what the program's factory adds is there"
 
 
-async def test_d2_what_waits_for_a_slow_handler_is_bounded(records: pytest.LogCaptureFixture) -> None:
-    go_on = threading.Event()
+async def test_d2_what_waits_for_a_slow_handler_is_bounded(
+    records: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpupool._log_keeper._MOST_WAITING", 100_000)
+    go_on, read_on = threading.Event(), threading.Event()
 
     with handling("app.large", lambda _: go_on.wait(30)):
         async with CpuPool(1) as pool:
-            for _ in range(3):
-                await pool.run(tasks.log_many, "app.large", 400, 60_000)
-            keeper = pool._supervisor._log_keeper
-            assert keeper._delivered - keeper._handled < 16 * 2**20 + 65_536
+            supervisor = pool._supervisor
+            await pool.run(tasks.add, 1)
+            supervisor.post(read_on.wait, 30)  # meanwhile the socket fills
+            await pool.run(tasks.log_many, "app.large", 400, 60_000)
+            read_on.set()
+            keeper = supervisor._log_keeper
+            with anyio.fail_after(10):
+                while keeper._delivered < 100_000:
+                    await anyio.lowlevel.checkpoint()
+            await anyio.to_thread.run_sync(pool.dump_stacks)  # after that turn of the supervisor
+            assert 100_000 <= keeper._delivered < 100_000 + 65_536
             go_on.set()
     assert any("are lost" in record.msg for record in of(records, "cpupool"))
 
