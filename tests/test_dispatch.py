@@ -233,7 +233,7 @@ def test_a_call_that_lost_its_worker_may_begin_again_while_the_pool_closes() -> 
     assert not dispatcher.is_quiet()
     ticket.settle("died")
     assert not dispatcher.is_quiet()
-    lease.begin(next(numbers))
+    lease.begin_anew(next(numbers))
     lease.ticket = make_ticket()
     assert not dispatcher.enqueue(lease)
     assert dispatcher.shortfall() == 1

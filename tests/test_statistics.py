@@ -292,7 +292,7 @@ async def test_what_is_counted_later_does_not_pile_up() -> None:
             with anyio.move_on_after(0.001):
                 await pool.run(tasks.sleep_long)
         await pool.run(tasks.add, 1)
-        assert len(pool._supervisor.tally._later) == 0
+        assert len(pool._supervisor.tally._notes) < 64
 
 
 async def test_what_a_task_raises_itself_is_its_failure() -> None:

@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import time
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import _payload
@@ -146,7 +147,8 @@ class Call:
                     value = await self._unload(outcome, waits)
                 overhead = self._packing + time.monotonic() - lease.started - seconds
                 lease.is_counted = True
-                supervisor.tally.succeed(lease.queued, seconds, overhead)
+                supervisor.tally.note_times(lease.queued, seconds, overhead)
+                supervisor.tally.count("succeeded")
                 return value
             has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
             is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
@@ -159,7 +161,7 @@ class Call:
             if has_run:
                 self._attempt += 1
                 supervisor.tally.count("retried")
-            lease.begin(supervisor.next_task_id())
+            lease.begin_anew(supervisor.next_task_id())
 
     def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
@@ -190,9 +192,9 @@ class Call:
                 supervisor.tally.note_times(lease.queued, lease.interrupted - lease.started, 0.0)
             return make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
         overhead = self._packing + time.monotonic() - lease.started - outcome.seconds
-        supervisor.tally.note_times(lease.queued, outcome.seconds, overhead)
         lease.is_counted = True
-        supervisor.tally.count("failed")  # whatever it is: the task has made it
+        supervisor.tally.note_times(lease.queued, outcome.seconds, overhead)
+        supervisor.tally.count("failed")  # whatever the error is: the task has made it
         return decode_error(outcome.body, name_task(self._fn, self._options))
 
     async def _unload(self, answer: Frame, waits: Waits) -> Any:
@@ -411,7 +413,7 @@ def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
 def check_function(fn: object, method: str) -> None:
     """Raise unless `fn`, given to that method of a pool, can be called and returns a value, not something to await."""
     code = getattr(fn, "__code__", None)
-    if code is not None and not code.co_flags & _ASYNC_CODE:
+    if (code is not None and not code.co_flags & _ASYNC_CODE) or type(fn) is BuiltinFunctionType:
         return
     if inspect.iscoroutine(fn):
         fn.close()  # or Python would warn that it was never awaited

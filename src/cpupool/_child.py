@@ -291,13 +291,13 @@ def _serve(
         _flush_output()
         if weighs_itself:
             interrupts.page[RESIDENT] = _settling.measure_resident()
-        set_state("idle")
         interrupts.page[FINISHED] = task_id
         if isinstance(reply, bytes):
             channel.sendall(reply)
         else:
             reply.send(channel)
         del reply
+        set_state("idle")
 
 
 def _next_call(channel: socket.socket, decoder: FrameDecoder, page: memoryview) -> Frame | None:
@@ -309,7 +309,8 @@ def _next_call(channel: socket.socket, decoder: FrameDecoder, page: memoryview) 
 
 
 def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview | None = None) -> Frame | None:
-    while (frame := decoder.next_frame()) is None:
+    frame = decoder.next_frame() if decoder.has_bytes else None
+    while frame is None:
         if decoder.incoming_task_id is not None and page is not None:
             page[PICKED_UP] = decoder.incoming_task_id  # its header is enough: it must not go to another worker now
         size = min(max(decoder.missing, _RECEIVE_SIZE), 16 * _RECEIVE_SIZE)
@@ -317,6 +318,7 @@ def _next_frame(channel: socket.socket, decoder: FrameDecoder, page: memoryview 
         if not data:
             return None
         decoder.feed(data, disclose(ancillary) if ancillary else ())
+        frame = decoder.next_frame()
     return frame
 
 

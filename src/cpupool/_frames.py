@@ -96,12 +96,14 @@ def encode_call(
     """Return the bytes of a CALL frame: which attempt it is, label, context and the packed call; as `encode_frame`."""
     size = _CALL_SIZE + len(label) + len(context) + len(call) + tail
     header = _CALL_HEADER.pack(Kind.CALL, files, task_id, size, 0.0, attempt, len(label), len(context))
-    return header + label + context + call
+    return b"".join((header, label, context, call))
 
 
-def split_call(body: memoryview) -> tuple[int, bytes, memoryview, memoryview]:
+def split_call(body: memoryview) -> tuple[int, bytes, memoryview | bytes, memoryview]:
     """Return the attempt, the label, the context and the pickled call from the body of a CALL frame."""
     attempt, label_size, context_size = _CALL.unpack_from(body)
+    if not label_size and not context_size:
+        return attempt, b"", b"", body[_CALL_SIZE:]
     label_end = _CALL_SIZE + label_size
     end = label_end + context_size
     return attempt, bytes(body[_CALL_SIZE:label_end]), body[label_end:end], body[end:]
@@ -190,6 +192,11 @@ class FrameDecoder:
         self._buffer += data
 
     @property
+    def has_bytes(self) -> bool:
+        """True if it holds something that `next_frame` has not given back."""
+        return bool(self._buffer)
+
+    @property
     def incoming_task_id(self) -> int | None:
         """Task id of a frame whose header is here and whose body is not yet complete."""
         return None if self._header is None else self._header[2]
@@ -209,20 +216,23 @@ class FrameDecoder:
             ProtocolError: the bytes cannot be a frame's header.
         """
         buffer = self._buffer
+        size = len(buffer)
         if self._header is None:
-            if len(buffer) < HEADER_SIZE:
-                self.missing = HEADER_SIZE - len(buffer)
+            if size < HEADER_SIZE:
+                self.missing = HEADER_SIZE - size
                 return None
             number, files, task_id, length, seconds = _HEADER.unpack_from(buffer)
-            if number not in _KINDS:
+            kind, end = _KINDS.get(number), HEADER_SIZE + length
+            if kind is None:
                 raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
-            self._header = _KINDS[number], files, task_id, HEADER_SIZE + length, seconds
-        kind, files, task_id, end, seconds = self._header
-        if len(buffer) < end:
-            self.missing = end - len(buffer)
+        else:
+            kind, files, task_id, end, seconds = self._header
+        if size < end:
+            self._header = kind, files, task_id, end, seconds
+            self.missing = end - size
             return None
         view = memoryview(buffer)
-        rest = b"" if len(buffer) == end else bytes(view[end:])
+        rest = b"" if size == end else bytes(view[end:])
         if files:
             lost = [None] * (files - len(self._files))  # none was free to receive them
             frame: Frame = LargeFrame(kind, task_id, seconds, view[HEADER_SIZE:end], self._files[:files] + lost)

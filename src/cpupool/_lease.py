@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 W = TypeVar("W")
 
+_OF_ATTEMPT = (
+    *("ticket", "is_expired", "asked", "started", "deadline"),
+    *("interrupted", "verdict", "condemned_item", "item_started"),
+)
+
 
 class Verdict(enum.Enum):
     """Why the supervisor stops a task."""
@@ -52,52 +57,35 @@ class Lease(Generic[W]):
         is_counted: True once the call is counted as ended.
     """
 
-    __slots__ = (
-        "asked",
-        "condemned_item",
-        "deadline",
-        "fn",
-        "heir",
-        "interrupted",
-        "is_admitted",
-        "is_counted",
-        "is_expired",
-        "item_started",
-        "item_timeout",
-        "options",
-        "owner",
-        "started",
-        "task_id",
-        "ticket",
-        "verdict",
-        "weight",
-        "worker",
-    )
+    # What is so at first is not written into each: most leases never set most of it.
+    worker: W | None = None
+    heir: Lease[W] | None = None
+    fn: Callable[..., object] | None = None
+    options: CallOptions | None = None
+    item_timeout: float | None = None
+    weight = 0
+    is_counted = False
+    # These are of one attempt.
+    ticket: Ticket | None = None
+    is_expired = False
+    asked = 0.0
+    started = 0.0
+    deadline = math.inf
+    interrupted = math.inf
+    verdict: Verdict | None = None
+    condemned_item: int | None = None
+    item_started = 0.0
 
     def __init__(self, task_id: int, owner: object = None, *, is_admitted: bool = False) -> None:
-        self.worker: W | None = None
-        self.heir: Lease[W] | None = None
-        self.owner = owner
-        self.fn: Callable[..., object] | None = None
-        self.options: CallOptions | None = None
-        self.is_admitted = is_admitted
-        self.item_timeout: float | None = None
-        self.weight = 0
-        self.is_counted = False
-        self.begin(task_id)
-
-    def begin(self, task_id: int) -> None:
-        """Begin an attempt, after the worker of the one before has died."""
         self.task_id = task_id
-        self.ticket: Ticket | None = None
-        self.is_expired = False
-        self.asked = 0.0
-        self.started = 0.0
-        self.deadline = math.inf
-        self.interrupted = math.inf
-        self.verdict: Verdict | None = None
-        self.condemned_item: int | None = None
-        self.item_started = 0.0
+        self.owner = owner
+        self.is_admitted = is_admitted
+
+    def begin_anew(self, task_id: int) -> None:
+        """Begin another attempt, after the worker of the one before has died."""
+        self.task_id = task_id
+        for name in _OF_ATTEMPT:
+            vars(self).pop(name, None)
 
     def pardon(self, deadline: float) -> None:
         """Take a verdict back whose item has ended before it felt the interrupt; the next one has until `deadline`."""

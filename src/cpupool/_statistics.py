@@ -1,12 +1,13 @@
 """What is known of a pool: the records that `CpuPool.statistics` returns, and the counting behind them.
 
-Rules: what a `Tally` counts is under the dispatcher's lock, so that a record is of one moment.  Only `count_later`
-takes no lock: it may run inside a garbage collection.
+Rules: whoever has something to count leaves a note, which takes no lock.  Now and then, and before they are read, the
+notes are added up under the dispatcher's lock, so that a record is of one moment.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ._errors import (
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Sequence
 
 # Upper bounds in seconds; the last bucket has none.  Below 100 microseconds nothing happens in a pool.
 BUCKETS = (
@@ -186,7 +188,10 @@ def outcome_of(error: BaseException, *, has_run: bool) -> Outcome:
     return "refused" if isinstance(error, _REFUSALS) else "failed"
 
 
-class _Times:
+_MOST_NOTES = 64  # adding them up takes some 30 microseconds
+
+
+class _Growing:
     """A histogram that grows."""
 
     __slots__ = ("counts", "sum")
@@ -195,9 +200,12 @@ class _Times:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float, tasks: int) -> None:
-        self.counts[bisect_left(BUCKETS, seconds)] += tasks
-        self.sum += seconds * tasks
+    def add(self, times: Sequence[float], tasks: Sequence[int]) -> None:
+        """Add so many tasks of each of these times in seconds."""
+        counts = self.counts
+        for seconds, many in zip(times, tasks, strict=True):
+            counts[bisect_left(BUCKETS, seconds)] += many
+        self.sum += sum(map(operator.mul, times, tasks))
 
     def freeze(self) -> Histogram:
         return Histogram(BUCKETS, tuple(self.counts), self.sum)
@@ -209,46 +217,40 @@ class Tally:
     def __init__(self, lock: threading.Lock) -> None:
         """Args: `lock` is the dispatcher's."""
         self._lock = lock
+        self._notes: deque[tuple[Counter, int]] = deque()
+        self._times: deque[tuple[float, float, float, int]] = deque()
         self._counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
-        self._later: deque[tuple[Counter, int]] = deque()
-        self._queue_wait, self._run_time, self._overhead = _Times(), _Times(), _Times()
+        self._queue_wait, self._run_time, self._overhead = _Growing(), _Growing(), _Growing()
 
     def count(self, what: Counter, many: int = 1) -> None:
-        with self._lock:
-            self._counts[what] += many
-            if self._later:
-                self._count_those()
+        """Count so many tasks as that."""
+        self._notes.append((what, many))
+        if len(self._notes) >= _MOST_NOTES:
+            with self._lock:
+                self._add_up()
 
     def count_later(self, what: Counter, many: int = 1) -> None:
-        """Do as `count`, wherever this may run."""
-        if many:
-            self._later.append((what, many))
-
-    def succeed(self, queued: float, ran: float, overhead: float) -> None:
-        """Note that a task has succeeded, and its times in seconds."""
-        with self._lock:
-            self._counts["succeeded"] += 1
-            if self._later:
-                self._count_those()
-            self._queue_wait.add(queued, 1)
-            self._run_time.add(ran, 1)
-            self._overhead.add(overhead, 1)
+        """Do as `count`, wherever this may run: in a garbage collection, which must not wait for a lock."""
+        self._notes.append((what, many))
 
     def note_times(self, queued: float, ran: float, overhead: float, tasks: int = 1) -> None:
-        """Note how long so many tasks took, each, whatever became of them."""
-        with self._lock:
+        """Note how long so many tasks took, each, whatever became of them; they are counted after that."""
+        self._times.append((queued, ran, overhead, tasks))
+
+    def _add_up(self) -> None:
+        while self._notes:
+            what, many = self._notes[0]
+            self._counts[what] += many
+            del self._notes[0]  # up to here nothing is called: no signal handler can raise in between
+        if self._times:
+            queued, ran, overhead, tasks = zip(*[self._times.popleft() for _ in range(len(self._times))], strict=True)
             self._queue_wait.add(queued, tasks)
             self._run_time.add(ran, tasks)
             self._overhead.add(overhead, tasks)
 
-    def _count_those(self) -> None:
-        while self._later:
-            what, many = self._later.popleft()
-            self._counts[what] += many
-
     def read(self) -> dict[str, Any]:
         """Return all counters and histograms, by their names in `Statistics`; the caller holds the lock."""
-        self._count_those()
+        self._add_up()
         return {
             **{str(what): many for what, many in self._counts.items()},
             "queue_wait": self._queue_wait.freeze(),
