@@ -11,9 +11,9 @@ no lock and waits for nothing: the supervisor does the rest behind the caller's 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
+import sys
 import time
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ._frames import Frame
     from ._parcels import Parcel
     from ._settings import CallOptions
+    from ._statistics import Tally
     from ._supervisor import Supervisor
     from ._waiting import ChannelWaits, Waits
     from ._worker import Worker
@@ -112,56 +113,54 @@ class Call:
 
     async def complete(self, supervisor: Supervisor, waits: Waits) -> Any:
         """Have a worker run it, and return its value or raise its error; it counts in the pool's statistics."""
-        tally = supervisor.tally
-        lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=self._options.background)
+        dispatcher, tally, fn, options = supervisor.dispatcher, supervisor.tally, self._fn, self._options
+        lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=options.background)
+        tally.count("submitted")
         try:
-            tally.count("submitted")
-            if supervisor.dispatcher.has_gate:
-                run = functools.partial(self._complete, lease, supervisor, waits)
-                return await pass_gate(lease, self._size, run, self._fn, self._options, supervisor, waits)
-            return await self._complete(lease, supervisor, waits)
-        except Exception as error:
+            if dispatcher.has_gate:
+                await enter_gate(lease, self._size, fn, options, supervisor, waits)
+            if self._arguments is not None:
+                await self._pack_apart(*self._arguments, waits)
+                weigh(lease, self._size or 0, supervisor)
+            while True:
+                outcome = await run_attempt(lease, self, fn, options, supervisor, waits)
+                if not isinstance(outcome, Death):
+                    break
+                self._lose(outcome, lease, supervisor)
+                lease.begin_anew(supervisor.next_task_id())
+            if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
+                raise self._make_error(outcome, lease, supervisor)
+            body, seconds = outcome.body, outcome.seconds
+            if (len(body) <= MOST_ON_LOOP and body[0] == PICKLE) or is_light(body):
+                value = load_value(body, fn, options, outcome.received)
+            else:
+                value = await self._unload(outcome, waits)
+            overhead = self._packing + time.monotonic() - lease.started - seconds
+            lease.is_counted = True
+            tally.note_times(lease.queued, seconds, overhead)
+            tally.count("succeeded")
+        except BaseException as error:
             if not lease.is_counted:
-                tally.count(outcome_of(error, has_run=lease.started > 0))
+                count_failure(error, tally, has_run=lease.started > 0)
             raise
-        except BaseException:
-            if not lease.is_counted:
-                tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
-            raise
+        finally:
+            if dispatcher.has_gate:
+                leave_gate(lease, supervisor)
+        return value
 
-    async def _complete(self, lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Any:
-        if self._arguments is not None:
-            await self._pack_apart(*self._arguments, waits)
-            if lease.weight:
-                supervisor.dispatcher.weigh(lease, self._size or 0)
-                supervisor.post(supervisor.dispatcher.let_in)
-        while True:
-            outcome = await run_attempt(lease, self, self._fn, self._options, supervisor, waits)
-            if not isinstance(outcome, Death):
-                if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
-                    raise self._make_error(outcome, lease, supervisor)
-                body, seconds = outcome.body, outcome.seconds
-                if (len(body) <= MOST_ON_LOOP and body[0] == PICKLE) or is_light(body):
-                    value = load_value(body, self._fn, self._options, outcome.received)
-                else:
-                    value = await self._unload(outcome, waits)
-                overhead = self._packing + time.monotonic() - lease.started - seconds
-                lease.is_counted = True
-                supervisor.tally.note_times(lease.queued, seconds, overhead)
-                supervisor.tally.count("succeeded")
-                return value
-            has_run = outcome.last_task_id == lease.task_id  # else the worker died before it picked the task up
-            is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and outcome.by_pool)
-            if is_stopped or (has_run and self._attempt > self._options.retries):
-                supervisor.dispatcher.forget_bereaved(lease)
-                supervisor.notify()
-                if is_stopped:
-                    raise make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
-                raise make_death_error(outcome, self._fn, self._options)
-            if has_run:
-                self._attempt += 1
-                supervisor.tally.count("retried")
-            lease.begin_anew(supervisor.next_task_id())
+    def _lose(self, death: Death, lease: Lease[Worker], supervisor: Supervisor) -> None:
+        """Count the worker's death, and return if another one may try; otherwise raise the error."""
+        has_run = death.last_task_id == lease.task_id  # else the worker died before it picked the task up
+        is_stopped = lease.verdict is not None or (supervisor.dispatcher.closed and death.by_pool)
+        if is_stopped or (has_run and self._attempt > self._options.retries):
+            supervisor.dispatcher.forget_bereaved(lease)
+            supervisor.notify()
+            if is_stopped:
+                raise make_stop_error(death, lease, self._fn, self._options, supervisor.name)
+            raise make_death_error(death, self._fn, self._options)
+        if has_run:
+            self._attempt += 1
+            supervisor.tally.count("retried")
 
     def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
         """Send it to a worker, and wait for the answer."""
@@ -266,35 +265,15 @@ async def run_attempt(
     return outcome
 
 
-async def pass_gate(
-    lease: Lease[Worker],
-    size: int | None,
-    run: Callable[[], Awaitable[T]],
-    fn: Callable[..., object],
-    options: CallOptions,
-    supervisor: Supervisor,
-    waits: Waits,
-) -> T:
-    """Wait until there is room for the bytes of a call (None: not known yet), and count them while it runs.
-
-    Raises:
-        QueueTimeout, PoolFull, PoolClosed: there is none for it.
-    """
-    try:
-        await _wait_at_gate(lease, size, fn, options, supervisor, waits)
-        result = await run()
-        supervisor.dispatcher.weigh(lease, 0)  # so that the caller's next call finds its room
-        return result
-    except Exception:
-        supervisor.dispatcher.weigh(lease, 0)
-        raise
-    finally:
-        if lease.ticket is not None:
-            lease.ticket.withdraw()
-        supervisor.post(supervisor.dispatcher.leave, lease)
+def count_failure(error: BaseException, tally: Tally, *, has_run: bool) -> None:
+    """Count a call that ends with this error."""
+    if isinstance(error, Exception):
+        tally.count(outcome_of(error, has_run=has_run))
+    else:
+        tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
 
 
-async def _wait_at_gate(
+async def enter_gate(
     lease: Lease[Worker],
     size: int | None,
     fn: Callable[..., object],
@@ -302,6 +281,11 @@ async def _wait_at_gate(
     supervisor: Supervisor,
     waits: Waits,
 ) -> None:
+    """Wait until there is room for the bytes of a call (None: not known yet); `leave_gate` follows in any case.
+
+    Raises:
+        QueueTimeout, PoolFull, PoolClosed: there is none for it.
+    """
     supervisor.run()  # who leaves posts orders, and nobody else would carry them out
     ticket = lease.ticket = waits.ticket()
     lease.asked = time.monotonic()
@@ -314,6 +298,22 @@ async def _wait_at_gate(
     ticket.result()
     if lease.is_expired:
         raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
+
+
+def weigh(lease: Lease[Worker], size: int, supervisor: Supervisor) -> None:
+    """Note how large a call is that has entered, now that it is known."""
+    if lease.weight:
+        supervisor.dispatcher.weigh(lease, size)
+        supervisor.post(supervisor.dispatcher.let_in)
+
+
+def leave_gate(lease: Lease[Worker], supervisor: Supervisor) -> None:
+    """Give the room back, when a call ends; it is called in a `finally`."""
+    if lease.ticket is not None:
+        lease.ticket.withdraw()
+    if isinstance(sys.exception(), Exception | None):  # else it may run inside a garbage collection: no lock
+        supervisor.dispatcher.weigh(lease, 0)  # so that the caller's next call finds its room
+    supervisor.post(supervisor.dispatcher.leave, lease)
 
 
 def _is_no_result(reply: Frame) -> bool:

@@ -6,7 +6,6 @@ Function, arguments, results and errors go through pickle all the same, so what 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from . import _payload, _roles
-from ._call import Call, check_function
+from ._call import Call, check_function, count_failure
 from ._calls import async_waits
 from ._child import run_finalizer
 from ._context import carrying, in_context, skip_own_frames
@@ -43,7 +42,6 @@ from ._waiting import BlockingWaits, running_loop
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._lease import Lease
     from ._map import FlowOptions
     from ._parcels import Parcel
     from ._settings import CallOptions, Settings
@@ -107,8 +105,6 @@ class InlineSupervisor:
         self._tally_lock = threading.Lock()
         self.tally = Tally(self._tally_lock)
         self.dispatcher = self  # it plays both parts
-        self.has_gate = False
-        self.next_task_id = itertools.count(1).__next__
         self._lock = threading.RLock()  # the initializer, the finalizer and tasks run one at a time
 
     @property
@@ -230,11 +226,18 @@ class InlineCall(Call):
 
     _ran = 0.0  # seconds
 
-    async def _complete(self, lease: Lease[Any], supervisor: Any, waits: Waits) -> Any:
-        if not isinstance(waits, BlockingWaits):
-            await _pause()  # so that others have their turns, and a loop of calls can be cancelled
-        lease.started = time.monotonic()
-        return self.run_here(supervisor)
+    async def complete(self, supervisor: Any, waits: Waits) -> Any:
+        """Run it here, and return its value or raise its error; it counts in the pool's statistics."""
+        has_run = False
+        supervisor.tally.count("submitted")
+        try:
+            if not isinstance(waits, BlockingWaits):
+                await _pause()  # so that others have their turns, and a loop of calls can be cancelled
+            has_run = True
+            return self.run_here(supervisor)
+        except BaseException as error:
+            count_failure(error, supervisor.tally, has_run=has_run)
+            raise
 
     def run_here(self, supervisor: InlineSupervisor, item: int | None = None) -> Any:
         """Run it, and return its value or raise its error, both as they would arrive."""

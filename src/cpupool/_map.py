@@ -28,7 +28,15 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _payload
 from ._apart import pause_while, run_apart
-from ._call import check_function, exchange_in_context, pass_gate, run_attempt, with_reports
+from ._call import (
+    check_function,
+    enter_gate,
+    exchange_in_context,
+    leave_gate,
+    run_attempt,
+    weigh,
+    with_reports,
+)
 from ._checks import check_count
 from ._errors import TaskNotPicklable, decode_error
 from ._frames import BatchHead, Kind, encode_batch
@@ -413,12 +421,15 @@ class Flow:
         )
         lease.item_timeout = self._options.timeout
         options = self._options.changed(queue_timeout=None) if self._has_begun else self._options
-        if supervisor.dispatcher.has_gate:
-            size = None if batch.packed is None else self._count_bytes(batch)
-            run = functools.partial(self._run_packed, batch, lease, options)
-            outcome = await pass_gate(lease, size, run, self._fn, options, supervisor, self._waits)
-        else:
+        has_gate = supervisor.dispatcher.has_gate
+        try:
+            if has_gate:
+                size = None if batch.packed is None else self._count_bytes(batch)
+                await enter_gate(lease, size, self._fn, options, supervisor, self._waits)
             outcome = await self._run_packed(batch, lease, options)
+        finally:
+            if has_gate:
+                leave_gate(lease, supervisor)
         if outcome is None:
             return
         if batch.done and batch.seconds:
@@ -458,9 +469,7 @@ class Flow:
                     )
                 await checkpoint()  # the next one may be no better
                 return None
-            if lease.weight:
-                self._supervisor.dispatcher.weigh(lease, self._count_bytes(batch))
-                self._supervisor.post(self._supervisor.dispatcher.let_in)
+            weigh(lease, self._count_bytes(batch), self._supervisor)
         errand = _Delivery(self, batch)
         return await run_attempt(lease, errand, self._fn, options, self._supervisor, self._waits, batch.size)
 
