@@ -416,6 +416,7 @@ class CpuPool(PoolCalls):
         ticket = waits.ticket()
         self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
         await waits.settled(ticket)
+        waits.rest()
 
     def _begin_anew(self) -> None:
         """Open the pool again if it was closed and is over."""

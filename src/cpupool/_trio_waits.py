@@ -43,6 +43,9 @@ class TrioWaits:
     def shielded(self) -> AbstractContextManager[object]:
         return trio.CancelScope(shield=True)
 
+    def rest(self) -> None:
+        """Nothing is kept."""
+
 
 class TrioTasks:
     """A nursery."""

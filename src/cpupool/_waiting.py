@@ -56,6 +56,10 @@ class Waits(ChannelWaits, Protocol):
         """Open a place for tasks of one's own; it has to be left by `stop`."""
         ...
 
+    def rest(self) -> None:
+        """Give back what is kept open from one wait to the next, unless somebody waits; the next wait opens it anew."""
+        ...
+
 
 class Tasks(Protocol):
     """Tasks that somebody has started, and stops."""
@@ -163,6 +167,9 @@ class BlockingWaits:
 
     async def open_tasks(self) -> Tasks:
         raise NotImplementedError("a plain thread has no tasks")
+
+    def rest(self) -> None:
+        """Nothing is kept."""
 
 
 def _release(ticket: Ticket) -> bool:
