@@ -27,11 +27,14 @@ class AsyncioWaits:
     """Waits by suspending the task; cancelling the task ends the wait."""
 
     def __init__(self) -> None:
-        self._lookouts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lookout] = weakref.WeakKeyDictionary()
+        # The loop owns its lookout, and with it the tasks that wait: when it is closed they are gone.
+        self._lookouts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Lookout]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     async def readable(self, channel: socket.socket, timeout: float | None = None) -> None:
         loop = asyncio.get_running_loop()
-        lookout = self._lookouts.get(loop) or self._open_lookout(loop)
+        lookout = self._find_lookout(loop) or self._open_lookout(loop)
         future = loop.create_future()
         fd = channel.fileno()
         if lookout is None:
@@ -50,14 +53,19 @@ class AsyncioWaits:
     def _open_lookout(self, loop: asyncio.AbstractEventLoop) -> _Lookout | None:
         """Open one for the loop; None where there is no epoll, or no descriptor is left."""
         try:
-            lookout = self._lookouts[loop] = _Lookout(loop)
+            lookout = _Lookout(loop)
         except (AttributeError, OSError):
             return None
+        self._lookouts[loop] = weakref.ref(lookout)
         return lookout
+
+    def _find_lookout(self, loop: asyncio.AbstractEventLoop) -> _Lookout | None:
+        found = self._lookouts.get(loop)
+        return None if found is None else found()
 
     def rest(self) -> None:
         loop = asyncio.get_running_loop()
-        lookout = self._lookouts.get(loop)
+        lookout = self._find_lookout(loop)
         if lookout is not None and lookout.is_idle:
             del self._lookouts[loop]
             lookout.close(loop)
