@@ -47,6 +47,7 @@ LAYERS = [
         "_logs",
         "_last_words",
         "_context",
+        "_vigil",
     },
     {"_interrupts", "_replies", "_batches", "_child", "_preload", "_asyncio_waits", "_trio_waits"},
     {"_process", "_fork_server", "_lease", "_gate", "_dispatch"},
@@ -169,4 +170,5 @@ def test_a_worker_of_this_suite_loads_the_least() -> None:
         "_settling",
         "_status",
         "_usage",
+        "_vigil",
     }

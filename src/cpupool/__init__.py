@@ -5,7 +5,7 @@ the bottom up; imports point only downward:
 
     0  _frames _payload _parcels _files _shared _errors _current _roles _waiting _apart _large _forking _checks
        _settings _environment _chunks _sizing _status _journal _reports _settling _pace _sources _statistics _usage
-       _events _logs _last_words _context
+       _events _logs _last_words _context _vigil
                           the wire, pickling, large values, streams and files of memory, what is shared, exceptions, the
                           running task, roles of a process, waiting, work apart from the event loop, large values seen
                           from there, forks, checks of arguments, settings, those from the environment, cutting, limits,

@@ -42,6 +42,7 @@ from ._status import (
     STAGE_READY,
     STATUS_PAGE_SIZE,
 )
+from ._vigil import open_vigil
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -275,7 +276,8 @@ def _serve(
     *,
     weighs_itself: bool,
 ) -> None:
-    while (frame := _next_call(channel, decoder, interrupts.page)) is not None and frame.kind is not Kind.BYE:
+    wait = open_vigil(channel)
+    while (frame := _next_call(channel, decoder, wait, interrupts.page)) is not None and frame.kind is not Kind.BYE:
         if frame.kind is Kind.FORGET:
             shares.pop(int.from_bytes(frame.body, "little"), None)
             continue
@@ -300,8 +302,12 @@ def _serve(
         set_state("idle")
 
 
-def _next_call(channel: socket.socket, decoder: FrameDecoder, page: memoryview) -> Frame | None:
+def _next_call(
+    channel: socket.socket, decoder: FrameDecoder, wait: Callable[[], object], page: memoryview
+) -> Frame | None:
     """Wait for a whole frame and note its task in the status page; None at the end of the connection."""
+    if not decoder.has_bytes:
+        wait()
     frame = _next_frame(channel, decoder, page)
     if frame is not None:
         page[PICKED_UP] = frame.task_id
