@@ -89,7 +89,7 @@ def send_when_it_sleeps(clock: Clock, channel: socket.socket) -> None:
 def test_it_rests_where_others_want_the_cpu(clock: Clock, pair: tuple[socket.socket, socket.socket]) -> None:
     wait = open_vigil(pair[1])
     arrive(wait, pair)
-    clock.slice = 40e-6  # somebody else has run
+    clock.slice = 400e-6  # somebody else has run
     clock.on_yield = lambda: pair[0].send(b"x")
     wait()
     assert (clock.yields, pair[1].recv(10)) == (1, b"x")
