@@ -30,7 +30,7 @@ class Uncounted:
     def count(self, *_: object) -> None:
         """Count nothing."""
 
-    note_times = count_later = count
+    note = tidy = count
 
 
 def hold_gil(seconds: float) -> None:

@@ -292,7 +292,7 @@ async def test_what_is_counted_later_does_not_pile_up() -> None:
             with anyio.move_on_after(0.001):
                 await pool.run(tasks.sleep_long)
         await pool.run(tasks.add, 1)
-        assert len(pool._supervisor.tally._notes) < 64
+        assert len(pool._supervisor.tally._notes) < 2 * 64
 
 
 async def test_what_a_task_raises_itself_is_its_failure() -> None:
@@ -319,8 +319,11 @@ async def test_every_worker_that_was_started_ends_once(tmp_path: Path) -> None:
     async with pool:
         for _ in range(3):
             await pool.run(tasks.add, 1)
-        with anyio.move_on_after(0.05):
-            await pool.run(tasks.sleep_long)
+        gate = tasks.Gate(tmp_path)
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.run, tasks.hold, *gate.arguments)
+            await anyio.to_thread.run_sync(gate.wait_until_begun)
+            group.cancel_scope.cancel()
         found = pool.statistics()
         with anyio.fail_after(20):
             while kinds.count("worker_recycled") < 4 or [worker.state for worker in found.workers] != ["idle"]:
@@ -385,7 +388,7 @@ async def test_pickling_is_overhead() -> None:
 def test_a_histogram_brackets_what_it_has_seen(values: list[float], share: float) -> None:
     tally = Tally(threading.Lock())
     for value in values:
-        tally.note_times(0.0, value, 0.0)
+        tally.note((None, 1, (0.0, value, 0.0)))
     found = tally.read()["run_time"]
     assert found.count == len(values)
     assert found.sum == pytest.approx(sum(values))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from cpupool import _vigil
-from cpupool._vigil import LONGEST, open_vigil
+from cpupool._vigil import LONGEST, Vigil, open_vigil
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_yield"), reason="workers do not look out here")
 
@@ -63,43 +63,64 @@ def test_it_looks_out_after_a_short_wait(clock: Clock, pair: tuple[socket.socket
     assert (clock.yields, pair[1].recv(10)) == (3, b"y")
 
 
-def test_it_sleeps_after_a_moment(clock: Clock, pair: tuple[socket.socket, socket.socket]) -> None:
-    wait = open_vigil(pair[1])
-    arrive(wait, pair)
-    sender = threading.Thread(target=send_when_it_sleeps, args=(clock, pair[0]))
-    sender.start()
-    wait()
-    sender.join()
-    looks = clock.yields
-    assert looks == pytest.approx(LONGEST / clock.slice, abs=1)
-    assert pair[1].recv(10) == b"late"
-    clock.on_yield = pytest.fail  # the wait was long: it expects no call soon
-    arrive(wait, pair)
+def test_it_sleeps_after_a_moment(
+    clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vigil = Vigil(pair[1])
+    sleeper = Sleeper(clock, pair[0])
+    monkeypatch.setattr(vigil, "_poll", sleeper)
+    sleeper.sleep = 0.0
+    vigil.wait()
+    assert sleeper.sleeps == 1
+    sleeper.sleep = 1.0
+    vigil.wait()  # looks out in vain, and sleeps
+    assert clock.yields == pytest.approx(LONGEST / clock.slice, abs=1)
+    assert sleeper.sleeps == 2
+    looks = sleeper.looks
+    vigil.wait()  # sleeps at once: the wait was long, and it expects nothing soon
+    assert (sleeper.looks, sleeper.sleeps) == (looks, 3)
 
 
-def send_when_it_sleeps(clock: Clock, channel: socket.socket) -> None:
-    """Send once it looks out no more; it has slept for a second then."""
-    enough = LONGEST / clock.slice
-    while clock.yields < enough - 1:
-        os.stat("/")
-    clock.now += 1
-    channel.send(b"late")
+class Sleeper:
+    """In the place of a poll object; a sleep takes `sleep` seconds, and a look finds nothing."""
+
+    def __init__(self, clock: Clock, channel: socket.socket) -> None:
+        self._clock = clock
+        self._channel = channel
+        self.sleep = 0.0
+        self.sleeps = self.looks = 0
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        if timeout == 0:
+            self.looks += 1
+            return []
+        self.sleeps += 1
+        self._clock.now += self.sleep
+        return [(self._channel.fileno(), select.POLLIN)]
 
 
-def test_it_rests_where_others_want_the_cpu(clock: Clock, pair: tuple[socket.socket, socket.socket]) -> None:
-    wait = open_vigil(pair[1])
-    arrive(wait, pair)
-    clock.slice = 400e-6  # somebody else has run
-    clock.on_yield = lambda: pair[0].send(b"x")
-    wait()
-    assert (clock.yields, pair[1].recv(10)) == (1, b"x")
-    clock.on_yield = pytest.fail
-    for _ in range(10):
-        arrive(wait, pair)
-    clock.now += 1
-    clock.on_yield = lambda: pair[0].send(b"x")
-    wait()
+def test_it_rests_where_others_want_the_cpu(
+    clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vigil = Vigil(pair[1])
+    sleeper = Sleeper(clock, pair[0])
+    monkeypatch.setattr(vigil, "_poll", sleeper)
+    vigil.wait()
+    clock.slice = 80e-6  # others run, for a moment
+    vigil.wait()
     assert clock.yields == 2
+    clock.slice = 400e-6  # somebody has much to do
+    vigil._is_soon = True
+    vigil.wait()
+    assert clock.yields == 3
+    vigil._is_soon = True
+    looks = sleeper.looks
+    vigil.wait()
+    assert sleeper.looks == looks, "it rests"
+    clock.now += 1
+    vigil._is_soon = True
+    vigil.wait()
+    assert sleeper.looks == looks + 1
 
 
 def test_it_ends_with_the_channel(clock: Clock, pair: tuple[socket.socket, socket.socket]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 import time
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -37,7 +36,7 @@ from ._outcomes import (
 from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge, packed_size
 from ._reports import ReportingWaits
 from ._settings import encode_label
-from ._statistics import outcome_of
+from ._statistics import SUBMITTED, outcome_of
 from ._worker import Death, WorkerGone
 
 if TYPE_CHECKING:
@@ -115,8 +114,9 @@ class Call:
         """Have a worker run it, and return its value or raise its error; it counts in the pool's statistics."""
         dispatcher, tally, fn, options = supervisor.dispatcher, supervisor.tally, self._fn, self._options
         lease: Lease[Worker] = Lease(supervisor.next_task_id(), is_admitted=options.background)
-        tally.count("submitted")
         try:
+            tally.note(SUBMITTED)
+            tally.tidy()
             if dispatcher.has_gate:
                 await enter_gate(lease, self._size, fn, options, supervisor, waits)
             if self._arguments is not None:
@@ -136,16 +136,17 @@ class Call:
             else:
                 value = await self._unload(outcome, waits)
             overhead = self._packing + time.monotonic() - lease.started - seconds
-            lease.is_counted = True
-            tally.note_times(lease.queued, seconds, overhead)
-            tally.count("succeeded")
+            times = lease.queued, seconds, overhead
+            lease.is_counted = True  # no signal handler can raise between this and the note
+            tally.note(("succeeded", 1, times))
+            if dispatcher.has_gate:
+                leave_gate(lease, supervisor)
         except BaseException as error:
             if not lease.is_counted:
                 count_failure(error, tally, has_run=lease.started > 0)
-            raise
-        finally:
             if dispatcher.has_gate:
-                leave_gate(lease, supervisor)
+                leave_gate(lease, supervisor, error)
+            raise
         return value
 
     def _lose(self, death: Death, lease: Lease[Worker], supervisor: Supervisor) -> None:
@@ -188,12 +189,12 @@ class Call:
         """Make the error in an answer."""
         if isinstance(outcome, Interruption):
             if lease.verdict is Verdict.TIMED_OUT:
-                supervisor.tally.note_times(lease.queued, lease.interrupted - lease.started, 0.0)
+                supervisor.tally.note((None, 1, (lease.queued, lease.interrupted - lease.started, 0.0)))
             return make_stop_error(outcome, lease, self._fn, self._options, supervisor.name)
         overhead = self._packing + time.monotonic() - lease.started - outcome.seconds
+        times = lease.queued, outcome.seconds, overhead
         lease.is_counted = True
-        supervisor.tally.note_times(lease.queued, outcome.seconds, overhead)
-        supervisor.tally.count("failed")  # whatever the error is: the task has made it
+        supervisor.tally.note(("failed", 1, times))  # whatever the error is: the task has made it
         return decode_error(outcome.body, name_task(self._fn, self._options))
 
     async def _unload(self, answer: Frame, waits: Waits) -> Any:
@@ -270,7 +271,7 @@ def count_failure(error: BaseException, tally: Tally, *, has_run: bool) -> None:
     if isinstance(error, Exception):
         tally.count(outcome_of(error, has_run=has_run))
     else:
-        tally.count_later("cancelled")  # it may run inside a garbage collection: no lock
+        tally.note(("cancelled", 1, None))  # it may run inside a garbage collection: no lock
 
 
 async def enter_gate(
@@ -307,11 +308,11 @@ def weigh(lease: Lease[Worker], size: int, supervisor: Supervisor) -> None:
         supervisor.post(supervisor.dispatcher.let_in)
 
 
-def leave_gate(lease: Lease[Worker], supervisor: Supervisor) -> None:
-    """Give the room back, when a call ends; it is called in a `finally`."""
+def leave_gate(lease: Lease[Worker], supervisor: Supervisor, error: BaseException | None = None) -> None:
+    """Give the room back: the call is over, by this error if there is one.  Twice is allowed."""
     if lease.ticket is not None:
         lease.ticket.withdraw()
-    if isinstance(sys.exception(), Exception | None):  # else it may run inside a garbage collection: no lock
+    if error is None or isinstance(error, Exception):  # else it may run inside a garbage collection: no lock
         supervisor.dispatcher.weigh(lease, 0)  # so that the caller's next call finds its room
     supervisor.post(supervisor.dispatcher.leave, lease)
 

@@ -240,6 +240,7 @@ class FrameDecoder:
         else:
             frame = Frame(kind, task_id, seconds, view[HEADER_SIZE:end])
         # Now that nothing is called any more no signal handler can raise, and lose the frame that was taken out.
+        self.missing = HEADER_SIZE
         self._header = None
         self._buffer = rest
         return frame

@@ -36,7 +36,7 @@ from ._pool import CpuPool
 from ._reports import dump_report
 from ._segments import Segment, make_failure
 from ._sources import FedSource, count_all, open_source
-from ._statistics import Statistics, Tally
+from ._statistics import SUBMITTED, Statistics, Tally
 from ._waiting import BlockingWaits, running_loop
 
 if TYPE_CHECKING:
@@ -229,8 +229,9 @@ class InlineCall(Call):
     async def complete(self, supervisor: Any, waits: Waits) -> Any:
         """Run it here, and return its value or raise its error; it counts in the pool's statistics."""
         has_run = False
-        supervisor.tally.count("submitted")
         try:
+            supervisor.tally.note(SUBMITTED)
+            supervisor.tally.tidy()
             if not isinstance(waits, BlockingWaits):
                 await _pause()  # so that others have their turns, and a loop of calls can be cancelled
             has_run = True
@@ -252,8 +253,7 @@ class InlineCall(Call):
                 set_reporter(None)
         value = load_value(packed if isinstance(packed, bytes) else packed.to_bytes(), self._fn, options)
         overhead = self._packing + time.monotonic() - began - self._ran
-        supervisor.tally.note_times(0.0, self._ran, overhead)
-        supervisor.tally.count("succeeded")
+        supervisor.tally.note(("succeeded", 1, (0.0, self._ran, overhead)))
         return value
 
     def _pass_on(self, report: bytes) -> None:
@@ -391,7 +391,7 @@ class InlineFlow:
                 raise
             return make_failure(number, error)
         except BaseException:
-            tally.count_later("cancelled")
+            tally.note(("cancelled", 1, None))
             raise
 
     async def _feed(self, source: FedSource) -> None:

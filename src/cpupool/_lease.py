@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
 W = TypeVar("W")
 
-_OF_ATTEMPT = (
-    *("ticket", "is_expired", "asked", "started", "deadline"),
-    *("interrupted", "verdict", "condemned_item", "item_started"),
-)
-
 
 class Verdict(enum.Enum):
     """Why the supervisor stops a task."""
@@ -29,7 +24,21 @@ class Verdict(enum.Enum):
     INTERRUPTED = "interrupted"  # by `CpuPool.interrupt`
 
 
-class Lease(Generic[W]):
+class _Attempt:
+    """What is so at the beginning of each attempt."""
+
+    ticket: Ticket | None = None
+    is_expired = False
+    asked = 0.0
+    started = 0.0
+    deadline = math.inf
+    interrupted = math.inf
+    verdict: Verdict | None = None
+    condemned_item: int | None = None
+    item_started = 0.0
+
+
+class Lease(_Attempt, Generic[W]):
     """One attempt's claim on a worker: made before it has one, and over when the worker has left it.
 
     Rules: the call sets `ticket`, and `started` and `deadline` when it sends the task; from `verdict` on, `deadline` is
@@ -57,7 +66,7 @@ class Lease(Generic[W]):
         is_counted: True once the call is counted as ended.
     """
 
-    # What is so at first is not written into each: most leases never set most of it.
+    # What is so at first is not written into each, here and above: most leases never set most of it.
     worker: W | None = None
     heir: Lease[W] | None = None
     fn: Callable[..., object] | None = None
@@ -65,16 +74,6 @@ class Lease(Generic[W]):
     item_timeout: float | None = None
     weight = 0
     is_counted = False
-    # These are of one attempt.
-    ticket: Ticket | None = None
-    is_expired = False
-    asked = 0.0
-    started = 0.0
-    deadline = math.inf
-    interrupted = math.inf
-    verdict: Verdict | None = None
-    condemned_item: int | None = None
-    item_started = 0.0
 
     def __init__(self, task_id: int, owner: object = None, *, is_admitted: bool = False) -> None:
         self.task_id = task_id
@@ -84,7 +83,7 @@ class Lease(Generic[W]):
     def begin_anew(self, task_id: int) -> None:
         """Begin another attempt, after the worker of the one before has died."""
         self.task_id = task_id
-        for name in _OF_ATTEMPT:
+        for name in vars(_Attempt):
             vars(self).pop(name, None)
 
     def pardon(self, deadline: float) -> None:

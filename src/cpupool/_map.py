@@ -251,7 +251,7 @@ class Flow:
         try:
             await tasks.stop()
         finally:
-            self._supervisor.tally.count_later("cancelled", self._pulled - self._ended)  # it may run anywhere
+            self._supervisor.tally.note(("cancelled", self._pulled - self._ended, None))  # no lock: it may run anywhere
             self._ended = self._pulled
             self._waiting.clear()
             self._output.clear()
@@ -427,15 +427,18 @@ class Flow:
                 size = None if batch.packed is None else self._count_bytes(batch)
                 await enter_gate(lease, size, self._fn, options, supervisor, self._waits)
             outcome = await self._run_packed(batch, lease, options)
-        finally:
             if has_gate:
                 leave_gate(lease, supervisor)
+        except BaseException as error:
+            if has_gate:
+                leave_gate(lease, supervisor, error)
+            raise
         if outcome is None:
             return
         if batch.done and batch.seconds:
             self._pace.note_run(batch.done, batch.seconds)
             ran, took = batch.seconds / batch.done, (time.monotonic() - batch.sent_at) / batch.done
-            self._supervisor.tally.note_times(lease.queued, ran, max(took - ran, 0.0), batch.done)
+            self._supervisor.tally.note((None, batch.done, (lease.queued, ran, max(took - ran, 0.0))))
         if lease.verdict is Verdict.INTERRUPTED and not isinstance(outcome, Death | Interruption):
             outcome = Interruption(None, None)  # the item has ended all the same
         if isinstance(outcome, Death):

@@ -415,8 +415,10 @@ class CpuPool(PoolCalls):
         self._supervisor.refuse_in_its_thread()
         ticket = waits.ticket()
         self._supervisor.post(self._supervisor.stop, time.monotonic() + drain, ticket)
-        await waits.settled(ticket)
-        waits.rest()
+        try:
+            await waits.settled(ticket)
+        finally:
+            waits.rest()
 
     def _begin_anew(self) -> None:
         """Open the pool again if it was closed and is over."""

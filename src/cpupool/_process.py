@@ -23,7 +23,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING
 
-from . import _batches, _child, _logs, _settling, _status
+from . import _batches, _child, _logs, _replies, _settling, _status, _vigil
 from ._files import open_nameless_file
 from ._forking import at_fork
 from ._journal import read_journal
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 _MAX_STACK_BYTES = 64 * 1024
-_NO_TASKS = (_child.__file__, _batches.__file__)  # the files whose frames are not a task's own
+# The files whose frames are not a task's own.
+_NO_TASKS = (_child.__file__, _batches.__file__, _replies.__file__, _vigil.__file__)
 _live: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 
 DEFAULT_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"

@@ -7,7 +7,6 @@ notes are added up under the dispatcher's lock, so that a record is of one momen
 from __future__ import annotations
 
 import math
-import operator
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from ._errors import (
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
 
 # Upper bounds in seconds; the last bucket has none.  Below 100 microseconds nothing happens in a pool.
 BUCKETS = (
@@ -188,7 +186,14 @@ def outcome_of(error: BaseException, *, has_run: bool) -> Outcome:
     return "refused" if isinstance(error, _REFUSALS) else "failed"
 
 
-_MOST_NOTES = 64  # adding them up takes some 30 microseconds
+# How long a task has waited, run, and taken besides, in seconds.
+Times: TypeAlias = tuple[float, float, float]
+# As what so many tasks count (None: that is noted apart), and how long each of them took.
+Note: TypeAlias = tuple[Counter | None, int, Times | None]
+
+SUBMITTED: Note = ("submitted", 1, None)
+
+_MOST_NOTES = 64  # to add them up takes some 50 microseconds
 
 
 class _Growing:
@@ -200,53 +205,55 @@ class _Growing:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
 
-    def add(self, times: Sequence[float], tasks: Sequence[int]) -> None:
-        """Add so many tasks of each of these times in seconds."""
-        counts = self.counts
-        for seconds, many in zip(times, tasks, strict=True):
-            counts[bisect_left(BUCKETS, seconds)] += many
-        self.sum += sum(map(operator.mul, times, tasks))
-
     def freeze(self) -> Histogram:
         return Histogram(BUCKETS, tuple(self.counts), self.sum)
 
 
 class Tally:
-    """Counts what becomes of the tasks of a pool."""
+    """Counts what becomes of the tasks of a pool.
+
+    Attributes:
+        note: takes a `Note`.  It is one call of C: no signal handler can raise in the midst of it, and it takes no
+            lock, so that it may run in a garbage collection.
+    """
 
     def __init__(self, lock: threading.Lock) -> None:
         """Args: `lock` is the dispatcher's."""
         self._lock = lock
-        self._notes: deque[tuple[Counter, int]] = deque()
-        self._times: deque[tuple[float, float, float, int]] = deque()
+        self._notes: deque[Note] = deque()
+        self.note = self._notes.append
         self._counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
         self._queue_wait, self._run_time, self._overhead = _Growing(), _Growing(), _Growing()
 
     def count(self, what: Counter, many: int = 1) -> None:
         """Count so many tasks as that."""
-        self._notes.append((what, many))
+        self.note((what, many, None))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Add the notes up, if they are many."""
         if len(self._notes) >= _MOST_NOTES:
             with self._lock:
                 self._add_up()
 
-    def count_later(self, what: Counter, many: int = 1) -> None:
-        """Do as `count`, wherever this may run: in a garbage collection, which must not wait for a lock."""
-        self._notes.append((what, many))
-
-    def note_times(self, queued: float, ran: float, overhead: float, tasks: int = 1) -> None:
-        """Note how long so many tasks took, each, whatever became of them; they are counted after that."""
-        self._times.append((queued, ran, overhead, tasks))
-
     def _add_up(self) -> None:
+        queue_wait, run_time, overhead = self._queue_wait, self._run_time, self._overhead
         while self._notes:
-            what, many = self._notes[0]
-            self._counts[what] += many
-            del self._notes[0]  # up to here nothing is called: no signal handler can raise in between
-        if self._times:
-            queued, ran, overhead, tasks = zip(*[self._times.popleft() for _ in range(len(self._times))], strict=True)
-            self._queue_wait.add(queued, tasks)
-            self._run_time.add(ran, tasks)
-            self._overhead.add(overhead, tasks)
+            what, many, times = self._notes[0]
+            if times is not None:
+                queued, ran, besides = times
+                of_wait = bisect_left(BUCKETS, queued)
+                of_run, of_rest = bisect_left(BUCKETS, ran), bisect_left(BUCKETS, besides)
+                # From here on nothing is called: no signal handler can raise before the note is gone.
+                queue_wait.counts[of_wait] += many
+                queue_wait.sum += queued * many
+                run_time.counts[of_run] += many
+                run_time.sum += ran * many
+                overhead.counts[of_rest] += many
+                overhead.sum += besides * many
+            if what is not None:
+                self._counts[what] += many
+            del self._notes[0]
 
     def read(self) -> dict[str, Any]:
         """Return all counters and histograms, by their names in `Statistics`; the caller holds the lock."""
