@@ -12,13 +12,18 @@ import pytest
 from conftest import RunScript, environment
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCS = PROJECT / "docs"
+PAGES = [PROJECT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("how-to/*.md"))]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def _blocks() -> list[object]:
     return [
-        pytest.param(match.group(1), id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+        pytest.param(
+            match.group(1),
+            id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}",
+            marks=[pytest.mark.slow] if page.parent.name == "how-to" else [],
+        )
         for page in PAGES
         for match in _BLOCK.finditer(page.read_text())
     ]
