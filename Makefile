@@ -10,7 +10,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: help demo test test-slow chaos test-all-pythons test-lowest lint format type mypy verify-types docs bench clean
+.PHONY: help demo test test-slow chaos test-all-pythons test-lowest lint format type mypy verify-types docs bench bench-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-25s%s\n", $$1, $$2 }'
@@ -53,8 +53,12 @@ verify-types: $(DEV)/.for-all
 docs: $(DEV)/.for-all  ## build the documentation in docs/_build/html; any warning is an error
 	$(DEV)/bin/python -m sphinx -W -n --keep-going -b html docs docs/_build/html
 
-bench: $(DEV)/.for-all  ## measure
-	$(DEV)/bin/python benchmarks/round_trip.py $(ARGS)
+bench-quick: $(DEV)/.for-all  ## compare with the peers, in under two minutes
+	$(DEV)/bin/python benchmarks/compare.py --quick $(ARGS)
+
+bench: $(DEV)/.for-all  ## measure all of it
+	$(DEV)/bin/python benchmarks/compare.py $(ARGS)
+	$(DEV)/bin/python benchmarks/round_trip.py
 	$(DEV)/bin/python benchmarks/stopping.py
 	$(DEV)/bin/python benchmarks/lives.py
 	$(DEV)/bin/python benchmarks/many_items.py

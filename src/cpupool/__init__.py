@@ -11,8 +11,8 @@ the bottom up; imports point only downward:
                           from there, forks, checks of arguments, settings, those from the environment, cutting, limits,
                           the page that pool and worker share, results that are not sent yet, progress, how a process
                           becomes a worker, sizes of batches, where their items come from, what is counted, what
-                          a process uses, what happens, what workers log, what they last wrote,
-                          what goes along with a call
+                          a process uses, what happens, what workers log, what they last wrote, what goes along with a
+                          call, how a worker waits for one
     1  _interrupts _replies _batches _child _preload _asyncio_waits _trio_waits
                           how a task is interrupted; large values in a worker; what runs there, and in a fork server;
                           waiting in a task
