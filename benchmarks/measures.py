@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import statistics
+import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,9 +20,12 @@ from typing import Any
 
 import anyio
 import numpy as np
+import ping
 import psutil
 from chores import count, double, echo, get_pid, make_dicts, spin, total
 from peers import System
+
+from cpupool.domains import find_domains
 
 WORKERS = 2
 AWAITED = 1_000
@@ -64,6 +68,9 @@ FIGURES = {
     "recovery": Figure("SIGKILL of an idle worker to the next result", "ms"),
     "recovery_errors": Figure("calls that failed meanwhile", "calls"),
     "deadline": Figure("deadline of 0.1 s to a free CPU", "ms"),
+    "domains": Figure("domains in a text of 12 MB", "MB/s", more_is_better=True),
+    "ping": Figure("GET /ping while eight tasks of 20 ms run at a time, median", "ms"),
+    "ping_p99": Figure("the same, 99th percentile", "ms"),
     "requests": Figure("20 requests at once of one second of CPU time", "s"),
 }
 
@@ -205,6 +212,53 @@ async def objects(system: System) -> Figures:
     return {**found, "objects_stall": max(stalls)}
 
 
+async def extraction(system: System) -> Figures:
+    if system.costs_a_pool or not system.calls_at_once:
+        return {}
+    text = "See https://www.example.com/a and http://sub.example.org, or write to me@mail.example.net. " * 130_000
+
+    async def by_parts(text: str) -> list[str]:
+        size = -(-len(text) // WORKERS)
+        parts = [text[at : at + size] for at in range(0, len(text), size)]
+        return [
+            each
+            for found in await asyncio.gather(*(system.call(find_domains, part) for part in parts))
+            for each in found
+        ]
+
+    extract = system.extract_domains or by_parts
+    return {"domains": len(text) / 1e3 / await median_ms(lambda: extract(text), 1)}
+
+
+async def pings(system: System) -> Figures:
+    """How soon a server whose event loop makes calls answers a request that needs none."""
+    if system.costs_a_pool or not system.calls_at_once:
+        return {}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline():
+            writer.write(b"pong\n")
+        writer.close()
+
+    async def load() -> None:
+        while True:
+            await system.call(spin, 0.02)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    loads = [asyncio.create_task(load()) for _ in range(8)]
+    port = server.sockets[0].getsockname()[1]
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, ping.__file__, str(port), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await client.communicate()
+    for task in loads:
+        task.cancel()
+    server.close()
+    await asyncio.wait(loads)
+    median, worst = map(float, output.split())
+    return {"ping": median, "ping_p99": worst}
+
+
 async def recovery(system: System) -> Figures:
     if system.costs_a_pool:
         return {}
@@ -264,5 +318,5 @@ async def requests(system: System) -> Figures:
 Measurement = Callable[[System], Awaitable[Figures]]
 
 # In each round, and in this order: the last ones may leave a system broken.
-IN_ROUNDS: list[Measurement] = [round_trip, gathered, tasks, million, arrays, objects]
+IN_ROUNDS: list[Measurement] = [round_trip, gathered, tasks, million, arrays, objects, extraction, pings]
 ONCE: list[Measurement] = [many_gathered, queued_memory, requests, recovery, deadline]

@@ -19,10 +19,10 @@ def draw_all(systems: dict[str, list[Figures]], folder: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "cpupool"  # the same figures, the same file
     for name in SHOWN:
         about = FIGURES[name]
-        values = {
-            system: [each[name] for each in rounds if each.get(name) is not None] for system, rounds in systems.items()
+        found = {
+            system: [value for each in rounds if (value := each.get(name)) is not None]
+            for system, rounds in systems.items()
         }
-        found = {system: [value for value in each if value is not None] for system, each in values.items()}
         rows = sorted(
             ((statistics.median(each), system, each) for system, each in found.items() if each),
             key=lambda row: row[0],
@@ -36,11 +36,8 @@ def draw_all(systems: dict[str, list[Figures]], folder: Path) -> None:
         colors = [_OURS_COLOR if system == OURS else _OTHERS_COLOR for _, system, _ in rows]
         bars = axes.barh([system for _, system, _ in rows], medians, xerr=spread, color=colors, ecolor=_INK)
         axes.bar_label(bars, [f" {median:,.0f}" for median in medians], color=_INK, padding=6, fontsize=8)
-        axes.set_title(
-            f"{about.title} ({about.unit}; {'more' if about.more_is_better else 'less'} is better)",
-            color=_INK,
-            fontsize=9,
-        )
+        better = "more" if about.more_is_better else "less"
+        axes.set_title(f"{about.title} ({about.unit}; {better} is better)", color=_INK, fontsize=9)
         if max(medians) > 50 * min(medians):
             axes.set_xscale("log")
         axes.tick_params(colors=_INK, labelsize=8)
