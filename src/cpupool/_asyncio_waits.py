@@ -14,6 +14,7 @@ import weakref
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from ._forking import at_fork
 from ._waiting import Ticket
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class _Lookout:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._epoll = select.epoll()
         self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._is_inherited = False
         # In a context of its own: that of the call which comes first would live as long as the loop.
         contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
 
@@ -114,6 +116,8 @@ class _Lookout:
             del self._waiting[fd]
 
     def _tell(self) -> None:
+        if self._is_inherited:
+            return
         try:
             for fd, _ in self._epoll.poll(0):
                 if (future := self._waiting.get(fd)) is not None:
@@ -123,6 +127,10 @@ class _Lookout:
                 with suppress(OSError):  # it is closed: whoever did that has told its owner
                     self._epoll.modify(fd, _ONCE)
             raise
+
+    def inherit(self) -> None:
+        """Leave the events to the parent of this forked process: what the kernel holds is the same for both."""
+        self._is_inherited = True
 
     def close(self, loop: asyncio.AbstractEventLoop) -> None:
         """Watch nothing any more."""
@@ -147,6 +155,16 @@ def _open_lookout(loop: asyncio.AbstractEventLoop) -> _Lookout | None:
         return None
     _lookouts[loop] = weakref.ref(lookout)
     return lookout
+
+
+def _begin_anew() -> None:
+    for found in _lookouts.values():
+        if (lookout := found()) is not None:
+            lookout.inherit()
+    _lookouts.clear()
+
+
+at_fork(after_in_child=_begin_anew)
 
 
 class AsyncioTasks:
