@@ -99,7 +99,7 @@ def compare(rounds: int, only: list[str], which: str) -> dict[str, dict[str, lis
     import peers
 
     found: dict[str, dict[str, list[Figures]]] = {}
-    for loop in LOOPS:
+    for loop in LOOPS[:1] if which == "quick" else LOOPS:
         names = [name for name in peers.of_loop(loop) if not only or name in only]
         found[loop] = {name: [] for name in names}
         for number in range(rounds):
@@ -177,7 +177,7 @@ def main() -> None:
         return
     import measures
 
-    found = compare(options.rounds or (2 if options.quick else 5), options.only, "quick" if options.quick else "rounds")
+    found = compare(options.rounds or (2 if options.quick else 3), options.only, "quick" if options.quick else "rounds")
     machine = describe_machine()
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     about = f"{machine['system']}, {machine['cpus']} CPUs, CPython {machine['python']}, {measures.WORKERS} workers"
