@@ -731,11 +731,16 @@ def start_child(path: str) -> None:
 
 
 def leave_daemon(path: str) -> None:
+    has_left, leaves = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        os.close(leaves)
         time.sleep(3600)
         os._exit(0)
+    os.close(leaves)
+    os.read(has_left, 1)  # it comes back when the daemon has left the worker's process group
+    os.close(has_left)
     Path(path).write_text(str(pid))
 
 
