@@ -211,7 +211,7 @@ async def open_trio_parallel(workers: int) -> AsyncIterator[System]:
 async def open_floor(_: int) -> AsyncIterator[System]:
     """What nothing can be faster than: a socket and a process that echoes, a copy in memory, the function itself."""
     ours, theirs = socket.socketpair()
-    echo = multiprocessing.get_context("fork").Process(target=echo_all, args=(theirs,))
+    echo = multiprocessing.get_context("fork").Process(target=echo_all, args=(theirs, ours))
     echo.start()
     theirs.close()
     spare: dict[int, Any] = {}
@@ -238,7 +238,8 @@ async def open_floor(_: int) -> AsyncIterator[System]:
     echo.join()
 
 
-def echo_all(channel: socket.socket) -> None:
+def echo_all(channel: socket.socket, other_end: socket.socket) -> None:
+    other_end.close()  # inherited; or the end would never come
     while data := channel.recv(1000):
         channel.send(data)
 

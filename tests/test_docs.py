@@ -13,16 +13,25 @@ from conftest import RunScript, environment
 
 PROJECT = Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
-PAGES = [PROJECT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("how-to/*.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(DOCS.glob("tutorials/*.md")),
+    *sorted(DOCS.glob("how-to/*.md")),
+]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _is_slow(page: Path) -> bool:
+    return page.parent.name in {"how-to", "tutorials"} and page.name != "script.md"
 
 
 def _blocks() -> list[object]:
     return [
         pytest.param(
             match.group(1),
-            id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}",
-            marks=[pytest.mark.slow] if page.parent.name == "how-to" else [],
+            id=f"{page.relative_to(PROJECT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}",
+            marks=[pytest.mark.slow] if _is_slow(page) else [],
         )
         for page in PAGES
         for match in _BLOCK.finditer(page.read_text())

@@ -46,7 +46,7 @@ class AsyncioWaits:
             if lookout is None:
                 loop.remove_reader(fd)
             else:
-                lookout.forget(fd, future)
+                lookout.forget(future)
             if timer is not None:
                 timer.cancel()
 
@@ -61,7 +61,7 @@ class AsyncioWaits:
             loop.remove_writer(fd)
 
     def ticket(self) -> Ticket:
-        return Ticket(asyncio.get_running_loop().create_future(), _wake)
+        return _LoopTicket(asyncio.get_running_loop().create_future(), _wake)
 
     def settled(self, ticket: Ticket) -> Awaitable[object]:
         future: asyncio.Future[None] = ticket.waiting
@@ -80,6 +80,31 @@ class AsyncioWaits:
         if lookout is not None and lookout.is_idle:
             del _lookouts[loop]
             lookout.close(loop)
+
+
+class _LoopTicket(Ticket):
+    """A ticket of a task."""
+
+    __slots__ = ()
+
+    @property
+    def is_here(self) -> bool:
+        future = self.waiting
+        return future.get_loop() is asyncio._get_running_loop() and not future.done()  # done: cancelled, just now
+
+    def withdraw(self) -> bool:
+        is_withdrawn = super().withdraw()
+        if not is_withdrawn and (lookout := _find_lookout(self.waiting.get_loop())) is not None:
+            lookout.forget(self.waiting)
+        return is_withdrawn
+
+    def follow(self, channel: socket.socket) -> None:
+        loop = self.waiting.get_loop()
+        lookout = _find_lookout(loop) or _open_lookout(loop)
+        if lookout is None:
+            self.settle()
+        else:
+            lookout.watch(channel.fileno(), self.waiting)
 
 
 class _Lookout:
@@ -103,17 +128,18 @@ class _Lookout:
         return not self._waiting
 
     def watch(self, fd: int, future: asyncio.Future[None]) -> None:
-        """Resolve the future as soon as this can be read; `forget` follows in any case."""
+        """Resolve the future as soon as this can be read.  Who gives up waiting for that calls `forget`."""
         self._waiting[fd] = future
         try:
             self._epoll.modify(fd, _ONCE)
         except FileNotFoundError:
             self._epoll.register(fd, _ONCE)
 
-    def forget(self, fd: int, future: asyncio.Future[None]) -> None:
-        """Note that nobody waits for it any more.  If it is still armed, its event will mean nothing."""
-        if self._waiting.get(fd) is future:
-            del self._waiting[fd]
+    def forget(self, future: asyncio.Future[None]) -> None:
+        """Note that nobody waits any more.  If its channel is still armed, that event will mean nothing."""
+        for fd, waiting in list(self._waiting.items()):
+            if waiting is future:
+                self._waiting.pop(fd, None)
 
     def _tell(self) -> None:
         if self._is_inherited:
@@ -122,6 +148,7 @@ class _Lookout:
             for fd, _ in self._epoll.poll(0):
                 if (future := self._waiting.get(fd)) is not None:
                     _resolve(future)
+                    del self._waiting[fd]
         except BaseException:  # a signal handler's: the events are gone, and have to come again
             for fd in self._waiting:
                 with suppress(OSError):  # it is closed: whoever did that has told its owner

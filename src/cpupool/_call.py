@@ -1,11 +1,14 @@
 """One call on its way: checked, pickled, run by a worker, and turned back into a value or an error.
 
-`Call.complete` repeats `run_attempt` until one has an outcome.  An attempt takes a lease on a worker from the
-dispatcher, exchanges frames with the worker in the caller's own task or thread (`Worker.exchange`) and gives it back.
-The lanes of a map make attempts too (`_map`), each with a batch.
+`Call.complete` makes attempts until one has an outcome.  An attempt takes a lease on a worker from the dispatcher
+(`queue_up`, `look_at`), sends its task (`begin`), exchanges frames with the worker in the caller's own task or thread
+(`Worker.exchange`) and gives it back (`take_answer`).  The lanes of a map make attempts too, each with a batch.
+
+A call that waits on the event loop of the one before it is sent by that one, in `take_answer`: it wakes up only when
+its answer is there (`Supervisor.begin_early`).
 
 Rules: the lease knows at any moment whether there is a worker to give back.  Giving up a call for whatever reason
-(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException` in `run_attempt`; it takes
+(cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException`, and `give_up`; it takes
 no lock and waits for nothing: the supervisor does the rest behind the caller's back.
 """
 
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
     from ._settings import CallOptions
     from ._statistics import Tally
     from ._supervisor import Supervisor
-    from ._waiting import ChannelWaits, Waits
+    from ._waiting import ChannelWaits, Ticket, Waits
     from ._worker import Worker
 
 T = TypeVar("T")
@@ -58,8 +61,8 @@ _ASYNC_CODE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 class Errand(Protocol):
     """What a worker can be sent."""
 
-    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
-        """Send it to a worker, and wait for the answer; see `Worker.exchange`."""
+    def exchange(self, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
+        """Send it to the worker of a lease, and wait for the answer; see `Worker.exchange`."""
         ...
 
 
@@ -122,12 +125,24 @@ class Call:
             if self._arguments is not None:
                 await self._pack_apart(*self._arguments, waits)
                 weigh(lease, self._size or 0, supervisor)
-            while True:
-                outcome = await run_attempt(lease, self, fn, options, supervisor, waits)
-                if not isinstance(outcome, Death):
-                    break
-                self._lose(outcome, lease, supervisor)
-                lease.begin_anew(supervisor.next_task_id())
+            if options.is_unobserved and isinstance(self._packed, bytes):
+                lease.errand = self
+            lease.fn, lease.options = fn, options
+            outcome: Frame | Interruption | None = None
+            while outcome is None:  # as `run_attempt`; written out, it saves a coroutine for each call that waits
+                try:
+                    if not dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
+                        await waits.settled(ticket)
+                        look_at(ticket, lease)
+                    if not lease.is_sent:
+                        begin(lease, supervisor)
+                    outcome = take_answer(await self.exchange(lease, waits), lease, supervisor)
+                except WorkerGone:
+                    self._lose(await learn_death(lease, supervisor, waits), lease, supervisor)
+                    lease.begin_anew(supervisor.next_task_id())
+                except BaseException:
+                    give_up(lease, supervisor)
+                    raise
             if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
                 raise self._make_error(outcome, lease, supervisor)
             body, seconds = outcome.body, outcome.seconds
@@ -139,6 +154,7 @@ class Call:
             times = lease.queued, seconds, overhead
             lease.is_counted = True  # no signal handler can raise between this and the note
             tally.note(("succeeded", 1, times))
+            tally.tidy()
             if dispatcher.has_gate:
                 leave_gate(lease, supervisor)
         except BaseException as error:
@@ -163,11 +179,19 @@ class Call:
             self._attempt += 1
             supervisor.tally.count("retried")
 
-    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
-        """Send it to a worker, and wait for the answer."""
-        task_id, packed, options = lease.task_id, self._packed, self._options
-        if options.on_report is None and not options.carriers and isinstance(packed, bytes):
-            return worker.exchange(task_id, encode_call(task_id, self._attempt, self._label, b"", packed), waits)
+    def encode(self, task_id: int) -> bytes:
+        """Return its frame, if it is small and travels without a context."""
+        packed: bytes = self._packed  # type: ignore[assignment]  # it is small
+        return encode_call(task_id, self._attempt, self._label, b"", packed)
+
+    def exchange(self, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
+        """Send it to the worker of the lease, unless it was sent, and wait for the answer."""
+        task_id, options = lease.task_id, self._options
+        worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
+        if lease.is_sent:
+            return worker.await_answer(task_id, waits)
+        if lease.errand is not None:
+            return worker.exchange(task_id, self.encode(task_id), waits)
         return exchange_in_context(
             lease,
             lambda context: with_reports(
@@ -228,42 +252,18 @@ async def run_attempt(
     Raises:
         QueueTimeout, PoolFull, PoolClosed, InitializerFailed, PoolBroken: there is no worker for it.
     """
-    dispatcher = supervisor.dispatcher
     lease.fn, lease.options = fn, options
     try:
-        if not dispatcher.borrow_idle(lease):
-            await _wait_for_worker(lease, fn, options, supervisor, waits)
-        worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
-        if options.on_start is not None:
-            options.on_start()
-        lease.started = time.monotonic()
-        if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
-            lease.deadline = lease.started + options.timeout
-            supervisor.look_by(lease.deadline)
-        if supervisor.first_look is not None:
-            supervisor.look_by(lease.started + supervisor.first_look)
-        if worker.tasks_left <= tasks:
-            supervisor.post(dispatcher.replace, worker)
-        try:
-            reply = await errand.exchange(worker, lease, waits)
-        except WorkerGone:
-            return await _learn_death(lease, supervisor, waits)
-        outcome = reply if lease.verdict is None else read_interruption(reply, worker)
-        if worker.max_memory is not None and worker.is_too_large:
-            supervisor.post(dispatcher.replace, worker)
-        if not worker.tasks_left or not dispatcher.give_back(lease):
-            dispatcher.retire(lease)
-            supervisor.post(supervisor.take_back, lease)
-        elif supervisor.idle_timeout is not None:
-            supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
-        if worker.ended_shares:
-            supervisor.post(supervisor.tell_of_ended_shares, worker)
+        if not supervisor.dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
+            await waits.settled(ticket)
+            look_at(ticket, lease)
+        begin(lease, supervisor, tasks)
+        return take_answer(await errand.exchange(lease, waits), lease, supervisor)
+    except WorkerGone:
+        return await learn_death(lease, supervisor, waits)
     except BaseException:
-        _give_up(lease, supervisor)
+        give_up(lease, supervisor)
         raise
-    if dispatcher.closed:
-        supervisor.notify()  # it may be the last one that the pool waits for
-    return outcome
 
 
 def count_failure(error: BaseException, tally: Tally, *, has_run: bool) -> None:
@@ -370,37 +370,84 @@ async def with_reports(
     return reply
 
 
-async def _wait_for_worker(
-    lease: Lease[Worker], fn: Callable[..., object], options: CallOptions, supervisor: Supervisor, waits: Waits
-) -> None:
+# --- the steps of an attempt ---
+
+
+def queue_up(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Ticket | None:
+    """Let a lease wait for a worker; returns what is to be awaited, or None if it has one after all.
+
+    Raises:
+        PoolFull, PoolClosed: it is not taken.
+    """
+    options: CallOptions = lease.options  # type: ignore[assignment]  # those of this call
     ticket = lease.ticket = waits.ticket()
     lease.asked = lease.asked or time.monotonic()  # it may have waited before, for room
     queue_timeout = options.queue_timeout
     deadline = math.inf if queue_timeout is None else lease.asked + queue_timeout
     if supervisor.dispatcher.enqueue(lease, deadline):
-        return
+        return None
     supervisor.run()  # after queueing: a start that fails fails the queue
     if queue_timeout is not None:
         supervisor.look_by(deadline)
-    await waits.settled(ticket)
+    return ticket
+
+
+def look_at(ticket: Ticket, lease: Lease[Worker]) -> None:
+    """Raise if a lease that has waited has no worker.
+
+    Raises:
+        QueueTimeout, PoolClosed, InitializerFailed, PoolBroken: as the ticket says.
+    """
     ticket.result()
     if lease.worker is None:
-        raise QueueTimeout(name_task(fn, options), queue_timeout or 0.0, time.monotonic() - lease.asked)
+        fn, options = lease.fn, lease.options
+        assert fn is not None
+        assert options is not None
+        raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
-async def _learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:
+def begin(lease: Lease[Worker], supervisor: Supervisor, tasks: int = 1) -> None:
+    """Note that what has its worker now is sent to it, as so many tasks."""
+    options = lease.options
+    if options is not None and options.on_start is not None:
+        options.on_start()
+    supervisor.begin(lease, tasks)
+
+
+def take_answer(reply: Frame, lease: Lease[Worker], supervisor: Supervisor) -> Frame | Interruption:
+    """Give the worker back, which has answered, or dismiss it; returns what the answer means."""
+    dispatcher = supervisor.dispatcher
+    worker: Worker = lease.worker  # type: ignore[assignment]  # it has one
+    outcome = reply if lease.verdict is None else read_interruption(reply, worker)
+    if worker.max_memory is not None and worker.is_too_large:
+        supervisor.post(dispatcher.replace, worker)
+    if not worker.tasks_left or not dispatcher.give_back(lease):
+        dispatcher.retire(lease)
+        supervisor.post(supervisor.take_back, lease)
+    elif supervisor.idle_timeout is not None:
+        supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
+    if worker.ended_shares:
+        supervisor.post(supervisor.tell_of_ended_shares, worker)
+    if dispatcher.closed:
+        supervisor.notify()  # it may be the last one that the pool waits for
+    return outcome
+
+
+async def learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:
+    """Wait until it is known how the worker of a lease has died."""
     ticket = waits.ticket()
     try:
         supervisor.post(supervisor.bury, lease, ticket)
         await waits.settled(ticket)
+        death: Death = ticket.result()
     except BaseException:
         ticket.withdraw()
+        give_up(lease, supervisor)
         raise
-    death: Death = ticket.result()
     return death
 
 
-def _give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
+def give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
     """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
     dispatcher, ticket = supervisor.dispatcher, lease.ticket
     if ticket is not None and ticket.withdraw():

@@ -79,15 +79,27 @@ class Dispatcher(Generic[W]):
         name: str,
         notify: Callable[[], object],
         *,
+        hand_over: Callable[[Lease[W]], bool] | None = None,
         max_pending: int | None = None,
         max_inflight_bytes: int | None = None,
     ) -> None:
-        """Args: `notify` is called when a worker may be missing; `shortfall` says how many are."""
+        """Open one, without workers.
+
+        Args:
+            max_workers: see above.
+            name: the pool's.
+            notify: is called when a worker may be missing; `shortfall` says how many are.
+            hand_over: may begin the task of a lease that has just got its worker; True if it has claimed the ticket,
+                and will see to it that whoever waits is woken.
+            max_pending: see above.
+            max_inflight_bytes: how many bytes the calls may have that are in, or None.
+        """
         self.max_workers = max_workers
         self.max_pending = max_pending
         self._gate = None if max_inflight_bytes is None else Gate(max_inflight_bytes)
         self.has_gate = self._gate is not None
         self._notify = notify
+        self._hand_over = hand_over or (lambda _: False)
         self._name = name
         self.closed = False
         self.has_withdrawn = False
@@ -291,7 +303,7 @@ class Dispatcher(Generic[W]):
                     lease.worker = None
                     del self._queue[0]
                 ticket = heir.ticket
-            if ticket is not None and ticket.settle():
+            if ticket is not None and (self._hand_over(heir) or ticket.settle()):
                 lease.heir = None
                 return True
             lease = heir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,7 @@ class _Attempt:
 
     ticket: Ticket | None = None
     is_expired = False
+    is_sent = False
     asked = 0.0
     started = 0.0
     deadline = math.inf
@@ -36,6 +37,14 @@ class _Attempt:
     verdict: Verdict | None = None
     condemned_item: int | None = None
     item_started = 0.0
+
+
+class Errand(Protocol):
+    """A task that is ready to be sent."""
+
+    def encode(self, task_id: int) -> bytes:
+        """Return its frame."""
+        ...
 
 
 class Lease(_Attempt, Generic[W]):
@@ -59,6 +68,8 @@ class Lease(_Attempt, Generic[W]):
         heir: the lease to which its worker is going, until that is settled.
         is_expired: True when it has waited long enough, and will not be given a worker any more.
         asked: when it began to wait, 0 if it has not.
+        errand: what encodes its task, if that may be sent before its caller wakes up; or None.
+        is_sent: True if it was; the caller is woken by the answer.
         started: when the task was sent, 0 before.
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
         verdict: why the supervisor has interrupted it, or None.
@@ -69,6 +80,7 @@ class Lease(_Attempt, Generic[W]):
     # What is so at first is not written into each, here and above: most leases never set most of it.
     worker: W | None = None
     heir: Lease[W] | None = None
+    errand: Errand | None = None
     fn: Callable[..., object] | None = None
     options: CallOptions | None = None
     item_timeout: float | None = None

@@ -671,7 +671,9 @@ class _Delivery(NamedTuple):
     flow: Flow
     batch: _Batch
 
-    def exchange(self, worker: Worker, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
+    def exchange(self, lease: Lease[Worker], waits: Waits) -> Awaitable[Frame]:
+        worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
+
         def send(context: bytes) -> Awaitable[Frame]:
             task_id = lease.task_id
             frame, shipment = self.flow.encode(self.batch, task_id, context, worker)

@@ -172,8 +172,12 @@ class CallOptions:
     background: bool = False
     serializer: _payload.Serializer = field(default=_payload.BY_NAME, repr=False)
     carriers: tuple[ContextCarrier, ...] = field(default=(), repr=False)
+    # True if nobody here has to be told when the task begins, nor between its beginning and its end.
+    is_unobserved: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        unobserved = self.on_start is None and self.on_report is None and not self.carriers
+        object.__setattr__(self, "is_unobserved", unobserved)
         for name in ("timeout", "queue_timeout"):
             if (value := getattr(self, name)) is not None:
                 check_seconds(name, value)

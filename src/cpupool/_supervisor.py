@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._events import Announcer
-    from ._settings import Settings
+    from ._settings import CallOptions, Settings
     from ._starting import WorkerStarter
     from ._waiting import Ticket
 
@@ -82,6 +82,7 @@ class Supervisor:
             starter.max_workers,
             settings.name,
             self.notify,
+            hand_over=self.begin_early,
             max_pending=settings.max_pending,
             max_inflight_bytes=settings.max_inflight_bytes,
         )
@@ -113,6 +114,34 @@ class Supervisor:
         self._stop_tickets: list[Ticket] = []
 
     # --- from any thread ---
+
+    def begin(self, lease: Lease[Worker], tasks: int = 1) -> None:
+        """Note that what a call wants to have run, as so many tasks, is sent now to the worker that it has."""
+        options: CallOptions = lease.options  # type: ignore[assignment]  # it has them by now
+        worker: Worker = lease.worker  # type: ignore[assignment]
+        lease.started = now = time.monotonic()
+        if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
+            lease.deadline = now + options.timeout
+            self.look_by(lease.deadline)
+        if self.first_look is not None:
+            self.look_by(now + self.first_look)
+        if worker.tasks_left <= tasks:
+            self.post(self.dispatcher.replace, worker)
+
+    def begin_early(self, lease: Lease[Worker]) -> bool:
+        """Send the task of a call that has just got its worker, if it waits on the event loop that runs here.
+
+        So the worker goes on at once, and the call wakes up only when it has its answer.
+        """
+        ticket, errand = lease.ticket, lease.errand
+        if errand is None or ticket is None or not ticket.is_here or not ticket.claim():
+            return False
+        worker: Worker = lease.worker  # type: ignore[assignment]  # it has just got it
+        self.begin(lease)
+        if not worker.send_early(errand.encode(lease.task_id), lease):
+            return False
+        ticket.follow(worker.process.channel)
+        return True
 
     def run(self) -> None:
         """Start the thread, unless it was started before.

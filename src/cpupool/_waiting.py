@@ -103,6 +103,24 @@ class Ticket:
         """True until it is settled or withdrawn."""
         return hasattr(self, "_token")
 
+    @property
+    def is_here(self) -> bool:
+        """True if its maker waits on the event loop that runs in this thread, and can `follow` a channel."""
+        return False
+
+    def claim(self) -> bool:
+        """Settle it, but wake nobody yet: then comes `follow`, or `settle`.  Returns False if it was withdrawn."""
+        try:
+            del self._token
+            self.is_settled = True  # no signal handler can come between these two
+        except AttributeError:
+            return False
+        return True
+
+    def follow(self, channel: socket.socket) -> None:
+        """Wake its maker as soon as this can be read; where `is_here` is true, of a ticket that is claimed."""
+        raise NotImplementedError
+
     def settle(self, value: object = None, error: BaseException | None = None) -> bool:
         """Set the outcome, if there is one to set, and wake the one who waits.
 
@@ -115,11 +133,7 @@ class Ticket:
         has_outcome = value is not None or error is not None
         if has_outcome and self.is_open:
             self.value, self.error = value, error  # before it can be seen to be settled
-        try:
-            del self._token
-            self.is_settled = True  # no signal handler can come between these two
-        except AttributeError:
-            pass
+        self.claim()
         if self.is_settled and self._wake(self):
             return True
         if has_outcome:

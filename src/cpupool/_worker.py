@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ._files import Descriptor, Stream
     from ._frames import Frame
+    from ._lease import Lease
     from ._parcels import Shipment
     from ._process import WorkerProcess
     from ._waiting import ChannelWaits, Ticket
@@ -245,6 +246,23 @@ class Worker:
                 if shared.is_ended:  # while the call waited
                     self.ended_shares.append(shared.number)
 
+    def send_early(self, call: bytes, lease: Lease[Worker]) -> bool:
+        """Begin to send a call, a whole frame, whose caller does not know yet that it has this worker.
+
+        Returns:
+            False if the caller has to send the rest, or to see what has happened.
+        """
+        unsent = memoryview(call)
+        # Nothing is called until all is noted: no signal handler can raise in between.
+        self.tasks_left -= 1
+        self.unsent = unsent
+        self.in_call = True
+        lease.is_sent = True
+        try:
+            return self.send_rest()
+        except ConnectionError:
+            return False
+
     def exchange(self, task_id: int, call: bytes, waits: ChannelWaits) -> Coroutine[Any, Any, Frame]:
         """Send a call, a whole frame, and wait for its answer.
 
@@ -270,13 +288,18 @@ class Worker:
             self.known_shares.update(shared.number for shared in shipment.shares)
         return reply
 
-    async def _converse(self, task_id: int, waits: ChannelWaits) -> Frame:
+    def await_answer(self, task_id: int, waits: ChannelWaits) -> Coroutine[Any, Any, Frame]:
+        """Do as `exchange` with a call that was sent, or has begun to be, by `send_early`."""
+        return self._converse(task_id, waits, may_be_here=True)
+
+    async def _converse(self, task_id: int, waits: ChannelWaits, *, may_be_here: bool = False) -> Frame:
         """Send what is unsent, and wait for the answer."""
         channel = self.process.channel
         try:
             while not self.send_rest():
                 await waits.writable(channel)
-            await waits.readable(channel)
+            if not may_be_here:
+                await waits.readable(channel)
             while (reply := self.receive()) is None:
                 await waits.readable(channel)
         except (ConnectionError, ProtocolError) as error:

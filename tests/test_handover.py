@@ -1,0 +1,261 @@
+"""The next call is sent in the task that gives its worker back, before the one that waits for it wakes up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import tasks
+from cpupool import CpuPool, TaskTimeout, WorkerDied, _asyncio_waits
+
+pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="calls are not handed over here")
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    if request.param == "asyncio":
+        return asyncio.run
+    uvloop = pytest.importorskip("uvloop")
+    run: Callable[[Coroutine[Any, Any, Any]], Any] = uvloop.run
+    return run
+
+
+@pytest.fixture
+def pool() -> Iterator[CpuPool]:
+    with CpuPool(1) as pool:
+        yield pool
+
+
+class Begin:
+    """Where a task says that it has begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "begun")
+        os.mkfifo(self.path)
+        self._end = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def wait_without_the_loop(self) -> bool:
+        """Stand still until a task has begun; False if none has."""
+        readable, _, _ = select.select([self._end], [], [], 10)
+        return bool(readable) and bool(os.read(self._end, 100))
+
+    def close(self) -> None:
+        os.close(self._end)
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Begin]:
+    begin = Begin(tmp_path)
+    yield begin
+    begin.close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> tasks.Gate:
+    return tasks.Gate(tmp_path / "gate")
+
+
+async def let_wait(pool: CpuPool, gate: tasks.Gate, *calls: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
+    """Let these calls wait for the only worker, one after the other, and only then let it end its task."""
+    holding = asyncio.ensure_future(pool.run(tasks.hold, *gate.arguments))
+    await asyncio.to_thread(gate.wait_until_begun)
+    started = [asyncio.ensure_future(call) for call in calls]
+    while pool.statistics().pending < len(calls):
+        await asyncio.sleep(0)
+    await asyncio.to_thread(gate.open)
+    await holding
+    return started
+
+
+def test_a_call_begins_before_its_caller_wakes_up(run: Any, pool: CpuPool, gate: tasks.Gate, begin: Begin) -> None:
+    async def main() -> None:
+        (begun,) = await let_wait(pool, gate, pool.run(tasks.report_begin, begin.path, abs, -2))
+        assert begin.wait_without_the_loop()
+        assert await begun == 2
+
+    run(main())
+
+
+def test_a_chain_of_calls_keeps_order_values_and_errors(run: Any, pool: CpuPool) -> None:
+    async def main() -> None:
+        calls = [pool.run(int, str(number) if number % 3 else "three") for number in range(100)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for number, outcome in enumerate(outcomes):
+            assert outcome == number if number % 3 else isinstance(outcome, ValueError)
+
+    run(main())
+    assert pool.statistics().succeeded + pool.statistics().failed == 100
+
+
+def test_a_call_that_is_cancelled_in_the_same_moment_does_not_begin(
+    pool: CpuPool, gate: tasks.Gate, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+
+    async def main() -> None:
+        async def cancel_in_the_turn_of_the_answer() -> None:
+            while not waited_for.done():  # it looks before the one who waits for that has its turn
+                await asyncio.sleep(0)
+            second.cancel()
+
+        holding = asyncio.ensure_future(pool.run(tasks.hold, *gate.arguments))
+        await asyncio.to_thread(gate.wait_until_begun)
+        second = asyncio.ensure_future(pool.run(tasks.append_line, str(trace)))
+        while pool.statistics().pending < 1:
+            await asyncio.sleep(0)
+        lookout = _asyncio_waits._find_lookout(asyncio.get_running_loop())
+        assert lookout is not None
+        (waited_for,) = lookout._waiting.values()
+        cancelling = asyncio.ensure_future(cancel_in_the_turn_of_the_answer())
+        await asyncio.to_thread(gate.open)
+        await holding
+        await cancelling
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert await pool.run(abs, -2) == 2
+
+    asyncio.run(main())
+    assert not trace.exists()
+
+
+def test_a_call_that_is_cancelled_after_it_was_sent_is_interrupted(
+    run: Any, pool: CpuPool, gate: tasks.Gate, begin: Begin
+) -> None:
+    async def main() -> None:
+        pid = await pool.run(os.getpid)
+        (second,) = await let_wait(pool, gate, pool.run(tasks.report_begin, begin.path, tasks.spin_forever))
+        assert begin.wait_without_the_loop()
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert await pool.run(os.getpid) == pid
+
+    run(main())
+
+
+def test_its_timeout_counts_from_when_it_was_sent(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        pid = await pool.run(os.getpid)
+        (second,) = await let_wait(pool, gate, pool.options(timeout=0.1).run(tasks.spin_forever))
+        with pytest.raises(TaskTimeout):
+            await second
+        assert await pool.run(os.getpid) == pid
+
+    run(main())
+
+
+def test_the_death_of_its_worker_is_its_own(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        second, third = await let_wait(pool, gate, pool.run(os._exit, 3), pool.run(abs, -3))
+        with pytest.raises(WorkerDied, match="3"):
+            await second
+        assert await third == 3
+
+    run(main())
+
+
+def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        first, second = await let_wait(pool, gate, pool.run(tasks.die_soon), pool.run(abs, -2))
+        await asyncio.wait([first, second])
+        assert second.result() == 2
+
+    run(main())
+
+
+def test_a_retry_is_sent_anew(run: Any, pool: CpuPool, gate: tasks.Gate, tmp_path: Path) -> None:
+    async def main() -> None:
+        flaky = pool.options(retries=1).run(tasks.die_the_first_time_and_describe, str(tmp_path / "died"))
+        (second,) = await let_wait(pool, gate, flaky)
+        assert await second == 2
+
+    run(main())
+
+
+def test_what_does_not_fit_into_the_channel_is_sent_by_its_caller(run: Any, pool: CpuPool) -> None:
+    text = b"x" * 255_000
+
+    async def main() -> None:
+        calls = [pool.run(len, text) for _ in range(20)]
+        assert await asyncio.gather(*calls) == [len(text)] * 20
+
+    run(main())
+
+
+def test_callers_in_other_threads_and_loops_get_their_turns(pool: CpuPool) -> None:
+    done: list[int] = []
+
+    def in_thread() -> None:
+        done.extend(pool.run_sync(abs, -number) for number in range(100))
+
+    async def in_loop() -> None:
+        done.extend(await asyncio.gather(*(pool.run(abs, -number) for number in range(100))))
+
+    threads = [
+        threading.Thread(target=in_thread),
+        *(threading.Thread(target=asyncio.run, args=(in_loop(),)) for _ in "ab"),
+    ]
+    for thread in threads:
+        thread.start()
+    asyncio.run(in_loop())
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == sorted(4 * list(range(100)))
+
+
+def test_calls_that_follow_another_are_counted_and_timed(run: Any, pool: CpuPool) -> None:
+    async def main() -> None:
+        await asyncio.gather(*(pool.run(tasks.busy, 0.02) for _ in range(5)))
+
+    run(main())
+    stats = pool.statistics()
+    assert stats.succeeded == 5
+    assert stats.queue_wait.sum >= 0.02 * (1 + 2 + 3 + 4) * 0.9
+    assert stats.run_time.sum >= 5 * 0.02 * 0.9
+    assert stats.overhead.sum < 0.05
+
+
+def test_a_signal_handler_that_raises_while_a_call_is_handed_over_loses_no_call(pool: CpuPool) -> None:
+    raised = 0
+
+    class Raised(Exception):
+        pass
+
+    def handle(_: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        names = set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        if "begin_early" in names and raised < 5:
+            raised += 1
+            raise Raised
+
+    async def main() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.00007)
+        deadline = time.monotonic() + 20
+        while raised < 5 and time.monotonic() < deadline:
+            calls = [pool.run(abs, -number) for number in range(50)]
+            outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
+            for number, outcome in enumerate(outcomes):
+                assert outcome == number or isinstance(outcome, Raised)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        asyncio.run(main())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert raised == 5
+    assert pool.run_sync(abs, -7) == 7
+    assert pool.statistics().busy == pool.statistics().pending == 0
