@@ -98,13 +98,13 @@ class _LoopTicket(Ticket):
             lookout.forget(self.waiting)
         return is_withdrawn
 
-    def follow(self, channel: socket.socket) -> None:
+    def follow(self, channel: socket.socket, take: Callable[[], bool]) -> None:
         loop = self.waiting.get_loop()
         lookout = _find_lookout(loop) or _open_lookout(loop)
         if lookout is None:
             self.settle()
         else:
-            lookout.watch(channel.fileno(), self.waiting)
+            lookout.watch(channel.fileno(), self.waiting, take)
 
 
 class _Lookout:
@@ -117,7 +117,7 @@ class _Lookout:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._epoll = select.epoll()
-        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._waiting: dict[int, tuple[asyncio.Future[None], Callable[[], bool] | None]] = {}
         self._is_inherited = False
         # In a context of its own: that of the call which comes first would live as long as the loop.
         contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
@@ -127,9 +127,12 @@ class _Lookout:
         """True if nobody waits."""
         return not self._waiting
 
-    def watch(self, fd: int, future: asyncio.Future[None]) -> None:
-        """Resolve the future as soon as this can be read.  Who gives up waiting for that calls `forget`."""
-        self._waiting[fd] = future
+    def watch(self, fd: int, future: asyncio.Future[None], take: Callable[[], bool] | None = None) -> None:
+        """Resolve the future as soon as this can be read, and `take()` says that all is read, or somewhat earlier.
+
+        Who gives up waiting for that calls `forget`.
+        """
+        self._waiting[fd] = future, take
         try:
             self._epoll.modify(fd, _ONCE)
         except FileNotFoundError:
@@ -137,22 +140,32 @@ class _Lookout:
 
     def forget(self, future: asyncio.Future[None]) -> None:
         """Note that nobody waits any more.  If its channel is still armed, that event will mean nothing."""
-        for fd, waiting in list(self._waiting.items()):
+        for fd, (waiting, _) in list(self._waiting.items()):
             if waiting is future:
                 self._waiting.pop(fd, None)
 
     def _tell(self) -> None:
         if self._is_inherited:
             return
+        future = None
         try:
             for fd, _ in self._epoll.poll(0):
-                if (future := self._waiting.get(fd)) is not None:
-                    _resolve(future)
+                entry = self._waiting.get(fd)
+                if entry is None:
+                    continue
+                future, take = entry
+                if take is not None and not future.done() and not take():
+                    with suppress(OSError):  # it is closed: whoever did that has told its owner
+                        self._epoll.modify(fd, _ONCE)
+                    continue
+                _resolve(future)
+                if self._waiting.get(fd) is entry:  # else somebody waits for it anew
                     del self._waiting[fd]
-        except BaseException:  # a signal handler's: the events are gone, and have to come again
-            for fd in self._waiting:
-                with suppress(OSError):  # it is closed: whoever did that has told its owner
-                    self._epoll.modify(fd, _ONCE)
+        except BaseException:  # a signal handler's: the events are gone, so let everybody see for himself
+            for each in (future, *(waiting for waiting, _ in self._waiting.values())):
+                if each is not None:
+                    _resolve(each)
+            self._waiting.clear()
             raise
 
     def inherit(self) -> None:

@@ -1,11 +1,12 @@
 """One call on its way: checked, pickled, run by a worker, and turned back into a value or an error.
 
 `Call.complete` makes attempts until one has an outcome.  An attempt takes a lease on a worker from the dispatcher
-(`queue_up`, `look_at`), sends its task (`begin`), exchanges frames with the worker in the caller's own task or thread
-(`Worker.exchange`) and gives it back (`take_answer`).  The lanes of a map make attempts too, each with a batch.
+(`queue_up`, `look_at`), begins (`Supervisor.begin`), exchanges frames with the worker in the caller's own task or
+thread (`Worker.exchange`) and gives it back (`Supervisor.finish`).  The lanes of a map make attempts too, each with a
+batch.
 
-A call that waits on the event loop of the one before it is sent by that one, in `take_answer`: it wakes up only when
-its answer is there (`Supervisor.begin_early`).
+A call that waits on the event loop where the worker comes free begins there and then, and is finished there too: it
+wakes up only when its outcome is known (`Supervisor.begin_early`).
 
 Rules: the lease knows at any moment whether there is a worker to give back.  Giving up a call for whatever reason
 (cancellation, Ctrl-C, a coroutine that is garbage-collected) is one `except BaseException`, and `give_up`; it takes
@@ -34,7 +35,6 @@ from ._outcomes import (
     make_rebuild_error,
     make_stop_error,
     name_task,
-    read_interruption,
 )
 from ._parcels import MOST_ON_LOOP, PICKLE, TooLarge, packed_size
 from ._reports import ReportingWaits
@@ -134,9 +134,13 @@ class Call:
                     if not dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
                         await waits.settled(ticket)
                         look_at(ticket, lease)
-                    if not lease.is_sent:
-                        begin(lease, supervisor)
-                    outcome = take_answer(await self.exchange(lease, waits), lease, supervisor)
+                    if lease.outcome is None:
+                        if not lease.is_sent:
+                            supervisor.begin(lease)
+                        supervisor.finish(lease, await self.exchange(lease, waits))
+                    elif lease.worker is not None:  # a signal handler has broken off what was to be done with it
+                        supervisor.post(supervisor.take_back, lease)
+                    outcome = lease.outcome
                 except WorkerGone:
                     self._lose(await learn_death(lease, supervisor, waits), lease, supervisor)
                     lease.begin_anew(supervisor.next_task_id())
@@ -257,13 +261,15 @@ async def run_attempt(
         if not supervisor.dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
             await waits.settled(ticket)
             look_at(ticket, lease)
-        begin(lease, supervisor, tasks)
-        return take_answer(await errand.exchange(lease, waits), lease, supervisor)
+        supervisor.begin(lease, tasks)
+        supervisor.finish(lease, await errand.exchange(lease, waits))
     except WorkerGone:
         return await learn_death(lease, supervisor, waits)
     except BaseException:
         give_up(lease, supervisor)
         raise
+    outcome: Frame | Interruption = lease.outcome
+    return outcome
 
 
 def count_failure(error: BaseException, tally: Tally, *, has_run: bool) -> None:
@@ -399,38 +405,11 @@ def look_at(ticket: Ticket, lease: Lease[Worker]) -> None:
         QueueTimeout, PoolClosed, InitializerFailed, PoolBroken: as the ticket says.
     """
     ticket.result()
-    if lease.worker is None:
+    if lease.worker is None and lease.outcome is None:
         fn, options = lease.fn, lease.options
         assert fn is not None
         assert options is not None
         raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
-
-
-def begin(lease: Lease[Worker], supervisor: Supervisor, tasks: int = 1) -> None:
-    """Note that what has its worker now is sent to it, as so many tasks."""
-    options = lease.options
-    if options is not None and options.on_start is not None:
-        options.on_start()
-    supervisor.begin(lease, tasks)
-
-
-def take_answer(reply: Frame, lease: Lease[Worker], supervisor: Supervisor) -> Frame | Interruption:
-    """Give the worker back, which has answered, or dismiss it; returns what the answer means."""
-    dispatcher = supervisor.dispatcher
-    worker: Worker = lease.worker  # type: ignore[assignment]  # it has one
-    outcome = reply if lease.verdict is None else read_interruption(reply, worker)
-    if worker.max_memory is not None and worker.is_too_large:
-        supervisor.post(dispatcher.replace, worker)
-    if not worker.tasks_left or not dispatcher.give_back(lease):
-        dispatcher.retire(lease)
-        supervisor.post(supervisor.take_back, lease)
-    elif supervisor.idle_timeout is not None:
-        supervisor.look_by(time.monotonic() + supervisor.idle_timeout)
-    if worker.ended_shares:
-        supervisor.post(supervisor.tell_of_ended_shares, worker)
-    if dispatcher.closed:
-        supervisor.notify()  # it may be the last one that the pool waits for
-    return outcome
 
 
 async def learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:

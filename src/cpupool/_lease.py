@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,7 @@ class _Attempt:
     ticket: Ticket | None = None
     is_expired = False
     is_sent = False
+    outcome: Any = None
     asked = 0.0
     started = 0.0
     deadline = math.inf
@@ -70,6 +71,7 @@ class Lease(_Attempt, Generic[W]):
         asked: when it began to wait, 0 if it has not.
         errand: what encodes its task, if that may be sent before its caller wakes up; or None.
         is_sent: True if it was; the caller is woken by the answer.
+        outcome: what that means, if its worker was given back before the caller wakes up; else None.
         started: when the task was sent, 0 before.
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
         verdict: why the supervisor has interrupted it, or None.

@@ -15,6 +15,7 @@ How workers become ready is in `_births`, how their tasks are stopped in `_stopp
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -28,20 +29,22 @@ from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed, describe_exit
 from ._events import Event
+from ._frames import ProtocolError
 from ._inspection import describe_worker
 from ._lease import Lease, Verdict
 from ._log_keeper import LogKeeper
 from ._memory import SAMPLING_INTERVAL, MemoryGuard, OomWitness
-from ._outcomes import name_task_of
+from ._outcomes import name_task_of, read_interruption
 from ._stacks import SlowTasks, Stacks
 from ._statistics import Statistics
 from ._stopping import Stopping
-from ._worker import State, Worker
+from ._worker import State, Worker, WorkerGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._events import Announcer
+    from ._frames import Frame
     from ._settings import CallOptions, Settings
     from ._starting import WorkerStarter
     from ._waiting import Ticket
@@ -119,6 +122,8 @@ class Supervisor:
         """Note that what a call wants to have run, as so many tasks, is sent now to the worker that it has."""
         options: CallOptions = lease.options  # type: ignore[assignment]  # it has them by now
         worker: Worker = lease.worker  # type: ignore[assignment]
+        if options.on_start is not None:
+            options.on_start()
         lease.started = now = time.monotonic()
         if options.timeout is not None and lease.verdict is None:  # there may be one, when the pool closes
             lease.deadline = now + options.timeout
@@ -140,7 +145,43 @@ class Supervisor:
         self.begin(lease)
         if not worker.send_early(errand.encode(lease.task_id), lease):
             return False
-        ticket.follow(worker.process.channel)
+        ticket.follow(worker.process.channel, functools.partial(self._finish_early, lease, worker))
+        return True
+
+    def finish(self, lease: Lease[Worker], reply: Frame) -> None:
+        """Note the answer to a call, and give its worker back, or dismiss it."""
+        dispatcher = self.dispatcher
+        worker: Worker = lease.worker  # type: ignore[assignment]  # it has one
+        lease.outcome = reply if lease.verdict is None else read_interruption(reply, worker)
+        if worker.max_memory is not None and worker.is_too_large:
+            self.post(dispatcher.replace, worker)
+        if not worker.tasks_left or not dispatcher.give_back(lease):
+            dispatcher.retire(lease)
+            self.post(self.take_back, lease)
+        elif self.idle_timeout is not None:
+            self.look_by(time.monotonic() + self.idle_timeout)
+        if worker.ended_shares:
+            self.post(self.tell_of_ended_shares, worker)
+        if dispatcher.closed:
+            self.notify()  # it may be the last one that the pool waits for
+
+    def _finish_early(self, lease: Lease[Worker], worker: Worker) -> bool:
+        """Do what is to be done with an answer before its caller wakes up; False if it is not complete."""
+        if lease.worker is not worker:
+            return True
+        try:
+            reply = worker.take_early()
+        except (WorkerGone, ConnectionError, ProtocolError):
+            return True
+        if reply is None:
+            return False
+        if reply.task_id == lease.task_id and not reply.files:
+            # Nothing is called until all is noted: no signal handler can raise in between.
+            worker.taken = None
+            worker.in_call = False
+            worker.tasks_done += 1
+            lease.outcome = reply
+            self.finish(lease, reply)
         return True
 
     def run(self) -> None:

@@ -117,8 +117,13 @@ class Ticket:
             return False
         return True
 
-    def follow(self, channel: socket.socket) -> None:
-        """Wake its maker as soon as this can be read; where `is_here` is true, of a ticket that is claimed."""
+    def follow(self, channel: socket.socket, take: Callable[[], bool]) -> None:
+        """Wake its maker, once it is claimed, when what can be read is complete; where `is_here` is true.
+
+        Args:
+            channel: what is read.
+            take: is called on the event loop whenever it can be read, and returns True when that was all.
+        """
         raise NotImplementedError
 
     def settle(self, value: object = None, error: BaseException | None = None) -> bool:

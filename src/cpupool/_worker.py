@@ -142,6 +142,7 @@ class Worker:
         heard: when something last came from it, on the monotonic clock.
         max_memory: the bytes it may hold after a task and go on, or None.
         in_call: True from the moment a call is sent until its answer is here, but for what is large of it.
+        taken: a frame that has arrived, and that `receive` gives back once more; or None.
         unsent: what is still to be sent of that call, or None.
         shares: the numbers of the shared files that it was sent.
         known_shares: those of them that it has used.
@@ -172,6 +173,7 @@ class Worker:
         "oom",
         "process",
         "shares",
+        "taken",
         "tasks_done",
         "tasks_left",
         "unsent",
@@ -204,6 +206,7 @@ class Worker:
         self._has_shipment = False  # True while any of these have anything in them
         self._streams: Sequence[Descriptor] = ()  # those of them that are closed here once they have gone
         self._incoming: Stream | None = None  # what is large of an answer
+        self.taken: Frame | None = None
         self._state = State.STARTING
         self._death: Death | None = None  # once it was asked for
         self._decoder = FrameDecoder()
@@ -291,6 +294,11 @@ class Worker:
     def await_answer(self, task_id: int, waits: ChannelWaits) -> Coroutine[Any, Any, Frame]:
         """Do as `exchange` with a call that was sent, or has begun to be, by `send_early`."""
         return self._converse(task_id, waits, may_be_here=True)
+
+    def take_early(self) -> Frame | None:
+        """Do as `receive`, and keep the frame in `taken`, where `receive` finds it again."""
+        self.taken = self.receive()
+        return self.taken
 
     async def _converse(self, task_id: int, waits: ChannelWaits, *, may_be_here: bool = False) -> Frame:
         """Send what is unsent, and wait for the answer."""
@@ -445,6 +453,9 @@ class Worker:
             WorkerGone: the connection has ended.
             ConnectionError, ProtocolError: it ended badly.
         """
+        if self.taken is not None:
+            taken, self.taken = self.taken, None
+            return taken
         decoder, received = self._decoder, self._received
         size = _RECEIVE_SIZE if decoder.missing <= _RECEIVE_SIZE else min(decoder.missing, _MAX_RECEIVE_SIZE)
         try:
