@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import deque
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from ._errors import (
@@ -25,6 +26,7 @@ from ._errors import (
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Sequence
 
 # Upper bounds in seconds; the last bucket has none.  Below 100 microseconds nothing happens in a pool.
 BUCKETS = (
@@ -201,9 +203,17 @@ class _Growing:
 
     __slots__ = ("counts", "sum")
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
+    def __init__(self, counts: Sequence[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
+        self.counts = list(counts)
+        self.sum = total
+
+    def grown(self, values: Sequence[float], weights: Sequence[int]) -> _Growing:
+        """Return one with these values too, each so many times."""
+        grown = _Growing(self.counts, self.sum + sum(map(mul, values, weights)))
+        counts = grown.counts
+        for at, many in zip(map(partial(bisect_left, BUCKETS), values), weights, strict=True):
+            counts[at] += many
+        return grown
 
     def freeze(self) -> Histogram:
         return Histogram(BUCKETS, tuple(self.counts), self.sum)
@@ -220,10 +230,10 @@ class Tally:
     def __init__(self, lock: threading.Lock) -> None:
         """Args: `lock` is the dispatcher's."""
         self._lock = lock
-        self._notes: deque[Note] = deque()
+        self._notes: list[Note] = []
         self.note = self._notes.append
         self._counts: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
-        self._queue_wait, self._run_time, self._overhead = _Growing(), _Growing(), _Growing()
+        self._histograms = _Growing(), _Growing(), _Growing()  # of the three times
 
     def count(self, what: Counter, many: int = 1) -> None:
         """Count so many tasks as that."""
@@ -237,30 +247,35 @@ class Tally:
                 self._add_up()
 
     def _add_up(self) -> None:
-        queue_wait, run_time, overhead = self._queue_wait, self._run_time, self._overhead
-        while self._notes:
-            what, many, times = self._notes[0]
-            if times is not None:
-                queued, ran, besides = times
-                of_wait = bisect_left(BUCKETS, queued)
-                of_run, of_rest = bisect_left(BUCKETS, ran), bisect_left(BUCKETS, besides)
-                # From here on nothing is called: no signal handler can raise before the note is gone.
-                queue_wait.counts[of_wait] += many
-                queue_wait.sum += queued * many
-                run_time.counts[of_run] += many
-                run_time.sum += ran * many
-                overhead.counts[of_rest] += many
-                overhead.sum += besides * many
-            if what is not None:
-                self._counts[what] += many
-            del self._notes[0]
+        notes = self._notes
+        while many_notes := len(notes):
+            counts, histograms = self._counts.copy(), self._histograms
+            weights, all_times = [], []
+            for what, many, times in notes[:many_notes]:
+                if what is not None:
+                    counts[what] += many
+                if times is not None:
+                    weights.append(many)
+                    all_times.append(times)
+            if all_times:
+                queued, ran, besides = zip(*all_times, strict=True)
+                queue_wait, run_time, overhead = histograms
+                histograms = (
+                    queue_wait.grown(queued, weights),
+                    run_time.grown(ran, weights),
+                    overhead.grown(besides, weights),
+                )
+            # Here nothing is called: no signal handler can raise before the notes are gone.
+            self._counts, self._histograms = counts, histograms
+            del notes[:many_notes]
 
     def read(self) -> dict[str, Any]:
         """Return all counters and histograms, by their names in `Statistics`; the caller holds the lock."""
         self._add_up()
+        queue_wait, run_time, overhead = self._histograms
         return {
             **{str(what): many for what, many in self._counts.items()},
-            "queue_wait": self._queue_wait.freeze(),
-            "run_time": self._run_time.freeze(),
-            "overhead": self._overhead.freeze(),
+            "queue_wait": queue_wait.freeze(),
+            "run_time": run_time.freeze(),
+            "overhead": overhead.freeze(),
         }
