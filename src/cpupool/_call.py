@@ -1,7 +1,7 @@
 """One call on its way: checked, pickled, run by a worker, and turned back into a value or an error.
 
 `Call.complete` makes attempts until one has an outcome.  An attempt takes a lease on a worker from the dispatcher
-(`queue_up`, `look_at`), begins (`Supervisor.begin`), exchanges frames with the worker in the caller's own task or
+(`queue_up`), begins (`Supervisor.begin`), exchanges frames with the worker in the caller's own task or
 thread (`Worker.exchange`) and gives it back (`Supervisor.finish`).  The lanes of a map make attempts too, each with a
 batch.
 
@@ -19,7 +19,7 @@ import inspect
 import math
 import time
 from types import BuiltinFunctionType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from . import _payload
 from ._apart import pause_while, run_apart
@@ -133,8 +133,9 @@ class Call:
                 try:
                     if not dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
                         await waits.settled(ticket)
-                        look_at(ticket, lease)
                     if lease.outcome is None:
+                        if lease.worker is None:
+                            raise_why_none(lease)
                         if not lease.is_sent:
                             supervisor.begin(lease)
                         supervisor.finish(lease, await self.exchange(lease, waits))
@@ -260,7 +261,8 @@ async def run_attempt(
     try:
         if not supervisor.dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
             await waits.settled(ticket)
-            look_at(ticket, lease)
+            if lease.worker is None:
+                raise_why_none(lease)
         supervisor.begin(lease, tasks)
         supervisor.finish(lease, await errand.exchange(lease, waits))
     except WorkerGone:
@@ -398,18 +400,18 @@ def queue_up(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Tick
     return ticket
 
 
-def look_at(ticket: Ticket, lease: Lease[Worker]) -> None:
-    """Raise if a lease that has waited has no worker.
+def raise_why_none(lease: Lease[Worker]) -> NoReturn:
+    """Say why a lease that has waited has no worker.
 
     Raises:
         QueueTimeout, PoolClosed, InitializerFailed, PoolBroken: as the ticket says.
     """
+    ticket, fn, options = lease.ticket, lease.fn, lease.options
+    assert ticket is not None
+    assert fn is not None
+    assert options is not None
     ticket.result()
-    if lease.worker is None and lease.outcome is None:
-        fn, options = lease.fn, lease.options
-        assert fn is not None
-        assert options is not None
-        raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
+    raise QueueTimeout(name_task(fn, options), options.queue_timeout or 0.0, time.monotonic() - lease.asked)
 
 
 async def learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits) -> Death:
