@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import cpupool
+from cpupool import _vigil
 
 initialised: list[object] = []
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
@@ -121,6 +122,10 @@ def describe_signals() -> dict[str, Any]:
         "wakeup_fd": signal.set_wakeup_fd(-1),
         "group": os.getpgid(0),
     }
+
+
+def read_pool_clock() -> float:
+    return _vigil._open_pool_clock()()
 
 
 def list_sockets() -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import select
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from cpupool import _vigil
+import tasks
+from cpupool import CpuPool, _vigil
 from cpupool._vigil import LONGEST, Vigil, open_vigil
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_yield"), reason="workers do not look out here")
@@ -121,6 +125,47 @@ def test_it_rests_where_others_want_the_cpu(
     vigil._is_soon = True
     vigil.wait()
     assert sleeper.looks == looks + 1
+
+
+@pytest.mark.parametrize(("share", "yields"), [(1.0, 1 + LONGEST / 5e-6), (0.5, 1.0)])
+def test_it_does_not_rest_if_it_was_the_pool_that_ran(
+    clock: Clock,
+    pair: tuple[socket.socket, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    yields: float,
+) -> None:
+    vigil = Vigil(pair[1])
+    ran = 0.0
+
+    def run_pool() -> None:
+        nonlocal ran
+        ran += share * clock.slice
+        if clock.yields == 1:
+            clock.now += 0.003 - clock.slice  # it has much to do, once
+            ran += share * (0.003 - clock.slice)
+
+    clock.on_yield = run_pool
+    monkeypatch.setattr(vigil, "_poll", Sleeper(clock, pair[0]))
+    monkeypatch.setattr(vigil, "_read_pool_clock", lambda: ran)
+    vigil._is_soon = True
+    vigil.wait()
+    assert clock.yields == pytest.approx(yields, abs=1)
+
+
+def test_a_worker_knows_how_much_its_pool_has_run() -> None:
+    with CpuPool(1) as pool:
+        before, ran = time.process_time(), pool.run_sync(tasks.read_pool_clock)
+        while time.process_time() < before + 0.05:
+            pass
+        assert pool.run_sync(tasks.read_pool_clock) == pytest.approx(ran + 0.05, abs=0.04)
+
+
+def test_where_the_pool_has_gone_it_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE, check=True)
+    assert _vigil._read_clock(~int(gone.stdout) << 3 | 2) == 0.0
+    monkeypatch.setattr(_vigil, "parent_process", lambda: None)
+    assert _vigil._open_pool_clock()() == 0.0
 
 
 def test_it_ends_with_the_channel(clock: Clock, pair: tuple[socket.socket, socket.socket]) -> None:

@@ -6,7 +6,9 @@ before it sleeps, as the kernel's haltpoll and many a lock do.  Calls in a row t
 5,000 at once 0.72.
 
 Where others want the CPU, that would only take it from them.  So it yields before each look, and rests if it does not
-get the CPU back at once.
+get the CPU back at once.  But not if it was the pool's own process that ran: that has calls for it, and each of them
+would wake it up right there, in the place of the one that sends it.  With 5,000 calls at once, two workers and two
+CPUs, to rest all the same takes 34 instead of 27 microseconds for each.
 
 It runs in the workers: stdlib only.
 """
@@ -15,6 +17,9 @@ from __future__ import annotations
 
 import os
 import select
+import sys
+import time
+from multiprocessing import parent_process
 from time import monotonic
 
 TYPE_CHECKING = False
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 LONGEST = 100e-6  # seconds awake
 _PREEMPTED = 300e-6  # seconds that a yield takes at least if somebody who had more to do ran meanwhile
+_MOST = 0.8  # of such a time, if that was the pool's process
 _REST = 0.1  # seconds
 
 
@@ -35,6 +41,7 @@ class Vigil:
         self._poll.register(channel, select.POLLIN)
         self._is_soon = False  # the last wait was short
         self._rests_until = 0.0
+        self._read_pool_clock = _open_pool_clock()
 
     def wait(self) -> None:
         began = monotonic()
@@ -45,16 +52,39 @@ class Vigil:
 
     def _look_out(self, began: float) -> bool:
         """Return True if something came while it was awake."""
-        now = began
+        now, ran = began, self._read_pool_clock()
         while now - began < LONGEST:
             if self._poll.poll(0):
                 return True
             os.sched_yield()
             before, now = now, monotonic()
             if now - before > _PREEMPTED:
-                self._rests_until = now + _REST
-                break
+                ran_before, ran = ran, self._read_pool_clock()
+                if ran - ran_before < _MOST * (now - before):
+                    self._rests_until = now + _REST
+                    break
+                began = now
         return False
+
+
+def _open_pool_clock() -> Callable[[], float]:
+    """Return what reads how much CPU time the pool's process has used, in seconds; always 0 where that cannot be."""
+    pool = parent_process()
+    if sys.platform != "linux" or pool is None or pool.pid is None:
+        return float
+    clock = ~pool.pid << 3 | 2  # as clock_getcpuclockid(3) makes it
+    try:
+        time.clock_gettime(clock)
+    except OSError:
+        return float
+    return lambda: _read_clock(clock)
+
+
+def _read_clock(clock: int) -> float:
+    try:
+        return time.clock_gettime(clock)
+    except OSError:  # the process has gone
+        return 0.0
 
 
 def open_vigil(channel: socket.socket) -> Callable[[], object]:
