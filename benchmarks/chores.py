@@ -22,6 +22,11 @@ def spin(seconds: float) -> None:
         pass
 
 
+def spin_and_get_pid(seconds: float) -> int:
+    spin(seconds)
+    return os.getpid()
+
+
 def total(array: npt.NDArray[np.float64]) -> float:
     return float(array.sum())
 

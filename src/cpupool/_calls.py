@@ -63,6 +63,7 @@ class PoolCalls:
             worker is killed and replaced.
         """
         call = self._home._make_call(fn, args, kwargs, self._options)
+        del args, kwargs  # they are pickled, and the call may wait for long
         result: T = await call.complete(self._supervisor, async_waits())
         return result
 
@@ -77,6 +78,7 @@ class PoolCalls:
         """
         refuse_in_event_loop("run_sync", "await pool.run(...)")
         call = self._home._make_call(fn, args, kwargs, self._options)
+        del args, kwargs
         result: T = run_to_end(call.complete(self._supervisor, BlockingWaits()))
         return result
 

@@ -24,22 +24,6 @@ class Verdict(enum.Enum):
     INTERRUPTED = "interrupted"  # by `CpuPool.interrupt`
 
 
-class _Attempt:
-    """What is so at the beginning of each attempt."""
-
-    ticket: Ticket | None = None
-    is_expired = False
-    is_sent = False
-    outcome: Any = None
-    asked = 0.0
-    started = 0.0
-    deadline = math.inf
-    interrupted = math.inf
-    verdict: Verdict | None = None
-    condemned_item: int | None = None
-    item_started = 0.0
-
-
 class Errand(Protocol):
     """A task that is ready to be sent."""
 
@@ -48,7 +32,7 @@ class Errand(Protocol):
         ...
 
 
-class Lease(_Attempt, Generic[W]):
+class Lease(Generic[W]):
     """One attempt's claim on a worker: made before it has one, and over when the worker has left it.
 
     Rules: the call sets `ticket`, and `started` and `deadline` when it sends the task; from `verdict` on, `deadline` is
@@ -71,7 +55,7 @@ class Lease(_Attempt, Generic[W]):
         asked: when it began to wait, 0 if it has not.
         errand: what encodes its task, if that may be sent before its caller wakes up; or None.
         is_sent: True if it was; the caller is woken by the answer.
-        outcome: what that means, if its worker was given back before the caller wakes up; else None.
+        outcome: what its answer means, once that is here and its worker given back; else None.
         started: when the task was sent, 0 before.
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
         verdict: why the supervisor has interrupted it, or None.
@@ -79,26 +63,54 @@ class Lease(_Attempt, Generic[W]):
         is_counted: True once the call is counted as ended.
     """
 
-    # What is so at first is not written into each, here and above: most leases never set most of it.
-    worker: W | None = None
-    heir: Lease[W] | None = None
-    errand: Errand | None = None
-    fn: Callable[..., object] | None = None
-    options: CallOptions | None = None
-    item_timeout: float | None = None
-    weight = 0
-    is_counted = False
+    __slots__ = (
+        "asked",
+        "condemned_item",
+        "deadline",
+        "errand",
+        "fn",
+        "heir",
+        "interrupted",
+        "is_admitted",
+        "is_counted",
+        "is_expired",
+        "is_sent",
+        "item_started",
+        "item_timeout",
+        "options",
+        "outcome",
+        "owner",
+        "started",
+        "task_id",
+        "ticket",
+        "verdict",
+        "weight",
+        "worker",
+    )
 
     def __init__(self, task_id: int, owner: object = None, *, is_admitted: bool = False) -> None:
-        self.task_id = task_id
         self.owner = owner
         self.is_admitted = is_admitted
+        self.worker: W | None = None
+        self.heir: Lease[W] | None = None
+        self.errand: Errand | None = None
+        self.fn: Callable[..., object] | None = None
+        self.options: CallOptions | None = None
+        self.item_timeout: float | None = None
+        self.weight = 0
+        self.is_counted = False
+        self.begin_anew(task_id)
 
     def begin_anew(self, task_id: int) -> None:
-        """Begin another attempt, after the worker of the one before has died."""
+        """Begin an attempt; if it is not the first, the worker of the one before has died."""
         self.task_id = task_id
-        for name in vars(_Attempt):
-            vars(self).pop(name, None)
+        self.ticket: Ticket | None = None
+        self.is_expired = self.is_sent = False
+        self.outcome: Any = None
+        self.asked = self.started = self.item_started = 0.0
+        self.deadline = self.interrupted = math.inf
+        self.verdict: Verdict | None = None
+        self.condemned_item: int | None = None
 
     def pardon(self, deadline: float) -> None:
         """Take a verdict back whose item has ended before it felt the interrupt; the next one has until `deadline`."""
