@@ -12,10 +12,12 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 LOOPS = ("asyncio", "uvloop", "trio")
 LONGEST = 150  # seconds that a system may take for all its measurements in a round
+LEAVING = 5  # seconds that it may take to close
 
 
 # --- one system, in a process of its own ---
@@ -57,6 +60,8 @@ async def measure(name: str, loop: str, chosen: list[Measurement]) -> None:
                 found = {f"error in {measurement.__name__}": None}
                 print(f"{name}: {measurement.__name__}: {type(error).__name__}: {error}", file=sys.stderr)
             print(json.dumps(found), flush=True)
+        if hasattr(signal, "alarm"):
+            signal.alarm(LEAVING)  # some never end any more after a crash
 
 
 def run_one(name: str, loop: str, which: str) -> None:
@@ -79,11 +84,12 @@ def ask_one(name: str, loop: str, which: str) -> Figures:
     command = [sys.executable, __file__, "--one", name, "--loop", loop, "--which", which]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            output, _ = process.communicate(timeout=LONGEST)
+            process.wait(LONGEST)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, _ = process.communicate()
             print(f"{name}: has not ended in {LONGEST} s", file=sys.stderr)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
+        output, _ = process.communicate()
     found: Figures = {}
     for line in output.splitlines():
         if line.startswith("{"):

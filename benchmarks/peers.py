@@ -9,6 +9,7 @@ import asyncio
 import multiprocessing
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import aiomultiprocess
 import anyio.to_process
+import chores
 import deadpool
 import joblib
 import loky
@@ -238,6 +240,31 @@ async def open_floor(_: int) -> AsyncIterator[System]:
     echo.join()
 
 
+@asynccontextmanager
+async def open_idle(workers: int) -> AsyncIterator[System]:
+    """Tasks that wait for nothing but their turn, so many at a time: what asyncio itself takes for them."""
+    loop = asyncio.get_running_loop()
+    waiting: deque[asyncio.Future[None]] = deque()
+
+    async def call(function: Callable[..., Any], *args: Any) -> Any:
+        if function is chores.spin:
+            return await asyncio.sleep(*args)
+        if len(waiting) == 0:
+            loop.call_soon(serve)
+        future = loop.create_future()
+        waiting.append(future)
+        await future
+        return function(*args)
+
+    def serve() -> None:
+        for _ in range(min(workers, len(waiting))):
+            waiting.popleft().set_result(None)
+        if waiting:
+            loop.call_soon(serve)
+
+    yield System(call, measured=frozenset({"many_gathered"}))
+
+
 def echo_all(channel: socket.socket, other_end: socket.socket) -> None:
     other_end.close()  # inherited; or the end would never come
     while data := channel.recv(1000):
@@ -245,6 +272,7 @@ def echo_all(channel: socket.socket, other_end: socket.socket) -> None:
 
 
 OURS = "cpupool"
+IDLE = "asyncio alone: tasks that wait for a future"
 FLOOR = "the floor: one process, a bare socket, one copy"
 EXECUTOR = "run_in_executor(ProcessPoolExecutor)"
 
@@ -261,6 +289,7 @@ ON_ASYNCIO: dict[str, Opener] = {
     "mpire": open_mpire,
     "aiomultiprocess": open_aiomultiprocess,
     "deadpool": open_deadpool,
+    IDLE: open_idle,
     FLOOR: open_floor,
 }
 ON_TRIO: dict[str, Opener] = {OURS: open_cpupool, "anyio.to_process": open_anyio, "trio-parallel": open_trio_parallel}
