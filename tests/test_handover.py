@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import os
 import select
 import signal
@@ -16,7 +18,8 @@ from typing import Any
 import pytest
 
 import tasks
-from cpupool import CpuPool, TaskTimeout, WorkerDied, _asyncio_waits
+from cpupool import CpuPool, PoolClosed, TaskTimeout, WorkerDied, _asyncio_waits
+from cpupool._call import Call
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="calls are not handed over here")
 
@@ -169,6 +172,114 @@ def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(run: Any, pool
         first, second = await let_wait(pool, gate, pool.run(tasks.die_soon), pool.run(abs, -2))
         await asyncio.wait([first, second])
         assert second.result() == 2
+
+    run(main())
+
+
+def test_the_error_of_a_death_shows_nothing_internal(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        (second,) = await let_wait(pool, gate, pool.run(os._exit, 3))
+        for call in (second, pool.run(os._exit, 3)):
+            with pytest.raises(WorkerDied) as caught:
+                await call
+            assert (caught.value.__context__, caught.value.__cause__) == (None, None)
+
+    run(main())
+
+
+def test_large_answers_arrive(run: Any, pool: CpuPool) -> None:
+    async def main() -> None:
+        sizes = [10, 70_000, 255_000, 300_000, 3_000_000] * 3
+        results = await asyncio.gather(*(pool.run(bytes, size) for size in sizes))
+        assert [len(result) for result in results] == sizes
+
+    run(main())
+
+
+def test_a_call_that_is_cancelled_when_its_answer_was_taken_costs_nothing(pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        pid = await pool.run(os.getpid)
+        second, third = await let_wait(pool, gate, pool.run(abs, -2), pool.run(os.getpid))
+        lookout = _asyncio_waits._find_lookout(asyncio.get_running_loop())
+        assert lookout is not None
+        ((answered, _),) = lookout._waiting.values()
+        while not answered.done():  # this task looks before the other has its turn
+            await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert await third == pid
+        assert (pool.statistics().cancelled, pool.statistics().succeeded) == (1, 3)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_closed_meanwhile_leaves_the_worker(pool: CpuPool, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        await let_wait(pool, gate, pool.run(tasks.spin_forever))
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # that a task was destroyed
+    loop.run_until_complete(main())
+    loop.close()
+    del loop
+    gc.collect()
+    assert pool.options(queue_timeout=20).run_sync(abs, -1) == 1
+    assert pool.statistics().cancelled == 1
+
+
+def test_calls_that_were_given_up_while_they_waited_hold_no_arguments(pool: CpuPool, gate: tasks.Gate) -> None:
+    def count() -> int:
+        gc.collect()
+        return sum(type(each) is Call for each in gc.get_objects())
+
+    async def give_up_waiting() -> None:
+        waiting = asyncio.ensure_future(pool.run(len, bytes(100_000)))
+        while pool.statistics().pending < 1:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    async def main() -> None:
+        busy = asyncio.ensure_future(pool.run(tasks.hold, *gate.arguments))
+        await asyncio.to_thread(gate.wait_until_begun)
+        before = count()
+        for _ in range(20):
+            await give_up_waiting()
+        assert count() <= before + 1
+        await asyncio.to_thread(gate.open)
+        await busy
+
+    asyncio.run(main())
+
+
+def test_a_pool_that_closes_ends_the_chain(run: Any, gate: tasks.Gate) -> None:
+    async def main() -> None:
+        pool = CpuPool(1)
+        await pool.run(abs, -1)
+        calls = await let_wait(pool, gate, *(pool.run(time.sleep, 0.01) for _ in range(30)))
+        await asyncio.wait(calls[:3])
+        await pool.aclose(drain=0)
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(end) for end in ends} == {type(None), PoolClosed}
+
+    run(main())
+
+
+def test_a_channel_that_cannot_be_watched_concerns_no_other_call(
+    run: Any, pool: CpuPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = _asyncio_waits._Lookout.watch
+
+    def watch_or_not(self: Any, fd: int, future: Any, take: Any = None) -> None:
+        if take is not None:
+            raise OSError(errno.ENOSPC, "too many watches")
+        watch(self, fd, future)
+
+    monkeypatch.setattr(_asyncio_waits._Lookout, "watch", watch_or_not)
+
+    async def main() -> None:
+        assert await asyncio.gather(*(pool.run(abs, -number) for number in range(9))) == list(range(9))
 
     run(main())
 

@@ -153,6 +153,19 @@ def test_it_does_not_rest_if_it_was_the_pool_that_ran(
     assert clock.yields == pytest.approx(yields, abs=1)
 
 
+def test_it_sleeps_in_the_end_though_the_pool_goes_on(
+    clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vigil = Vigil(pair[1])
+    sleeper = Sleeper(clock, pair[0])
+    monkeypatch.setattr(vigil, "_poll", sleeper)
+    monkeypatch.setattr(vigil, "_read_pool_clock", lambda: clock.now)
+    clock.slice = 0.003
+    vigil._is_soon = True
+    vigil.wait()
+    assert (clock.yields, sleeper.sleeps) == (4, 1)
+
+
 def test_a_worker_knows_how_much_its_pool_has_run() -> None:
     with CpuPool(1) as pool:
         before, ran = time.process_time(), pool.run_sync(tasks.read_pool_clock)

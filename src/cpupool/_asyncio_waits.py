@@ -46,7 +46,7 @@ class AsyncioWaits:
             if lookout is None:
                 loop.remove_reader(fd)
             else:
-                lookout.forget(future)
+                lookout.forget(fd, future)
             if timer is not None:
                 timer.cancel()
 
@@ -83,9 +83,13 @@ class AsyncioWaits:
 
 
 class _LoopTicket(Ticket):
-    """A ticket of a task."""
+    """A ticket of a task, which waits for a future.
 
-    __slots__ = ()
+    Once it follows a channel, it knows that future only weakly: the loop holds it, and when that is closed and gone, so
+    is the task, which gives its call up.
+    """
+
+    __slots__ = ("_fd",)
 
     @property
     def is_here(self) -> bool:
@@ -94,17 +98,26 @@ class _LoopTicket(Ticket):
 
     def withdraw(self) -> bool:
         is_withdrawn = super().withdraw()
-        if not is_withdrawn and (lookout := _find_lookout(self.waiting.get_loop())) is not None:
-            lookout.forget(self.waiting)
+        future = _future_of(self) if hasattr(self, "_fd") else None
+        if future is not None and (lookout := _find_lookout(future.get_loop())) is not None:
+            lookout.forget(self._fd, future)
         return is_withdrawn
 
     def follow(self, channel: socket.socket, take: Callable[[], bool]) -> None:
-        loop = self.waiting.get_loop()
+        future: asyncio.Future[None] = self.waiting
+        loop = future.get_loop()
         lookout = _find_lookout(loop) or _open_lookout(loop)
-        if lookout is None:
+        fd = channel.fileno()
+        try:
+            if lookout is None:
+                self.settle()
+                return
+            lookout.watch(fd, future, take)
+        except OSError:  # it cannot be watched: whoever waits will see that
             self.settle()
-        else:
-            lookout.watch(channel.fileno(), self.waiting, take)
+            return
+        self._fd = fd
+        self.waiting = weakref.ref(future)
 
 
 class _Lookout:
@@ -134,15 +147,19 @@ class _Lookout:
         """
         self._waiting[fd] = future, take
         try:
-            self._epoll.modify(fd, _ONCE)
-        except FileNotFoundError:
-            self._epoll.register(fd, _ONCE)
+            try:
+                self._epoll.modify(fd, _ONCE)
+            except FileNotFoundError:
+                self._epoll.register(fd, _ONCE)
+        except OSError:
+            self.forget(fd, future)
+            raise
 
-    def forget(self, future: asyncio.Future[None]) -> None:
-        """Note that nobody waits any more.  If its channel is still armed, that event will mean nothing."""
-        for fd, (waiting, _) in list(self._waiting.items()):
-            if waiting is future:
-                self._waiting.pop(fd, None)
+    def forget(self, fd: int, future: asyncio.Future[None]) -> None:
+        """Note that nobody waits for it any more.  If it is still armed, its event will mean nothing."""
+        entry = self._waiting.get(fd)
+        if entry is not None and entry[0] is future:
+            self._waiting.pop(fd, None)
 
     def _tell(self) -> None:
         if self._is_inherited:
@@ -235,8 +252,17 @@ class AsyncioTasks:
             raise cancelled
 
 
+def _future_of(ticket: Ticket) -> asyncio.Future[None] | None:
+    """Return what its task waits for; None if that has gone."""
+    waiting = ticket.waiting
+    future: asyncio.Future[None] | None = waiting() if isinstance(waiting, weakref.ref) else waiting
+    return future
+
+
 def _wake(ticket: Ticket) -> bool:
-    future = ticket.waiting
+    future = _future_of(ticket)
+    if future is None:
+        return False
     loop = future.get_loop()
     if loop is asyncio._get_running_loop():
         _resolve(future)

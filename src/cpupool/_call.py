@@ -130,24 +130,27 @@ class Call:
             lease.fn, lease.options = fn, options
             outcome: Frame | Interruption | None = None
             while outcome is None:  # as `run_attempt`; written out, it saves a coroutine for each call that waits
+                death = None
                 try:
                     if not dispatcher.borrow_idle(lease) and (ticket := queue_up(lease, supervisor, waits)) is not None:
                         await waits.settled(ticket)
                     if lease.outcome is None:
                         if lease.worker is None:
                             raise_why_none(lease)
-                        if not lease.is_sent:
+                        if not lease.is_begun:
                             supervisor.begin(lease)
                         supervisor.finish(lease, await self.exchange(lease, waits))
-                    elif lease.worker is not None:  # a signal handler has broken off what was to be done with it
+                    elif lease.worker is not None:  # it is dismissed; or a signal handler has broken that off
                         supervisor.post(supervisor.take_back, lease)
                     outcome = lease.outcome
                 except WorkerGone:
-                    self._lose(await learn_death(lease, supervisor, waits), lease, supervisor)
-                    lease.begin_anew(supervisor.next_task_id())
+                    death = await learn_death(lease, supervisor, waits)
                 except BaseException:
                     give_up(lease, supervisor)
                     raise
+                if death is not None:
+                    self._lose(death, lease, supervisor)
+                    lease.begin_anew(supervisor.next_task_id())
             if isinstance(outcome, Interruption) or outcome.kind is not Kind.RESULT:
                 raise self._make_error(outcome, lease, supervisor)
             body, seconds = outcome.body, outcome.seconds
@@ -193,7 +196,7 @@ class Call:
         """Send it to the worker of the lease, unless it was sent, and wait for the answer."""
         task_id, options = lease.task_id, self._options
         worker: Worker = lease.worker  # type: ignore[assignment]  # it has one now
-        if lease.is_sent:
+        if lease.is_begun:
             return worker.await_answer(task_id, waits)
         if lease.errand is not None:
             return worker.exchange(task_id, self.encode(task_id), waits)
@@ -243,7 +246,7 @@ async def run_attempt(
     waits: Waits,
     tasks: int = 1,
 ) -> Frame | Interruption | Death:
-    """Have one worker run something: returns its answer, or how it died.
+    """Have one worker run something, which is never begun early: returns its answer, or how it died.
 
     Args:
         lease: a new one, or one that has begun anew.
@@ -431,10 +434,16 @@ async def learn_death(lease: Lease[Worker], supervisor: Supervisor, waits: Waits
 def give_up(lease: Lease[Worker], supervisor: Supervisor) -> None:
     """Leave an attempt in the middle.  It may run inside a garbage collection: no lock, no waiting."""
     dispatcher, ticket = supervisor.dispatcher, lease.ticket
-    if ticket is not None and ticket.withdraw():
+    try:
+        is_withdrawn = ticket is not None and ticket.withdraw()
+    except BaseException:  # a signal handler's
+        supervisor.post(supervisor.take_back, lease)
+        raise
+    if is_withdrawn:
         dispatcher.has_withdrawn = True
     elif lease.worker is not None:
         supervisor.post(supervisor.take_back, lease)
+    lease.errand = None  # the queue may hold the lease for a while
     if dispatcher.closed:
         supervisor.notify()  # it may have been the last one that the pool waits for
 

@@ -202,8 +202,10 @@ class Dispatcher(Generic[W]):
                 heapq.heappush(self._queue_deadlines, (queue_deadline, lease.task_id, lease))
             self._queue.append(lease)
             self._bereaved.pop(lease, None)
-            may_grow = len(self._lent) < self.max_workers or bool(self._outgoing)
-            if may_grow and (may_grow := (present := self._present()) < self.max_workers):
+            is_complete = len(self._lent) >= self.max_workers and not self._outgoing  # as it mostly is
+            present = self.max_workers if is_complete else self._present()
+            may_grow = present < self.max_workers
+            if may_grow:
                 self._wanted = max(self._wanted, present + 1)  # even if it does not wait that long
         if may_grow:
             self._notify()

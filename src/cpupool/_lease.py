@@ -24,7 +24,7 @@ class Verdict(enum.Enum):
     INTERRUPTED = "interrupted"  # by `CpuPool.interrupt`
 
 
-class Errand(Protocol):
+class Sendable(Protocol):
     """A task that is ready to be sent."""
 
     def encode(self, task_id: int) -> bytes:
@@ -35,8 +35,8 @@ class Errand(Protocol):
 class Lease(Generic[W]):
     """One attempt's claim on a worker: made before it has one, and over when the worker has left it.
 
-    Rules: the call sets `ticket`, and `started` and `deadline` when it sends the task; from `verdict` on, `deadline` is
-    the supervisor's.  All times are monotonic.
+    Rules: the call sets `ticket`; whoever sends the task sets `started` and `deadline`: the call, or on its event loop
+    the one that gives it the worker.  From `verdict` on, `deadline` is the supervisor's.  All times are monotonic.
 
     Attributes:
         task_id: of the attempt.
@@ -53,9 +53,9 @@ class Lease(Generic[W]):
         heir: the lease to which its worker is going, until that is settled.
         is_expired: True when it has waited long enough, and will not be given a worker any more.
         asked: when it began to wait, 0 if it has not.
-        errand: what encodes its task, if that may be sent before its caller wakes up; or None.
-        is_sent: True if it was; the caller is woken by the answer.
-        outcome: what its answer means, once that is here and its worker given back; else None.
+        errand: what encodes its task, if whoever gives it a worker may begin to send that; or None.
+        is_begun: True if somebody has.
+        outcome: what its answer means, once that is here; else None.
         started: when the task was sent, 0 before.
         deadline: when the supervisor stops the task: interrupts it, or once it has, kills its worker.
         verdict: why the supervisor has interrupted it, or None.
@@ -72,9 +72,9 @@ class Lease(Generic[W]):
         "heir",
         "interrupted",
         "is_admitted",
+        "is_begun",
         "is_counted",
         "is_expired",
-        "is_sent",
         "item_started",
         "item_timeout",
         "options",
@@ -93,7 +93,7 @@ class Lease(Generic[W]):
         self.is_admitted = is_admitted
         self.worker: W | None = None
         self.heir: Lease[W] | None = None
-        self.errand: Errand | None = None
+        self.errand: Sendable | None = None
         self.fn: Callable[..., object] | None = None
         self.options: CallOptions | None = None
         self.item_timeout: float | None = None
@@ -105,7 +105,7 @@ class Lease(Generic[W]):
         """Begin an attempt; if it is not the first, the worker of the one before has died."""
         self.task_id = task_id
         self.ticket: Ticket | None = None
-        self.is_expired = self.is_sent = False
+        self.is_expired = self.is_begun = False
         self.outcome: Any = None
         self.asked = self.started = self.item_started = 0.0
         self.deadline = self.interrupted = math.inf

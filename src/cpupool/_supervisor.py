@@ -29,7 +29,7 @@ from ._crew import Crew
 from ._dispatch import Dispatcher
 from ._errors import PoolBroken, PoolClosed, describe_exit
 from ._events import Event
-from ._frames import ProtocolError
+from ._frames import Kind, ProtocolError
 from ._inspection import describe_worker
 from ._lease import Lease, Verdict
 from ._log_keeper import LogKeeper
@@ -175,8 +175,10 @@ class Supervisor:
             return True
         if reply is None:
             return False
-        if reply.task_id == lease.task_id and not reply.files:
-            # Nothing is called until all is noted: no signal handler can raise in between.
+        is_plain = lease.verdict is None and reply.kind is not Kind.INTERRUPTED and not reply.files
+        if is_plain and reply.task_id == lease.task_id:  # all else is for the caller
+            # Nothing is called until all is noted: no signal handler can raise in between.  What one breaks off after
+            # that is `finish`, and the caller has its outcome all the same.
             worker.taken = None
             worker.in_call = False
             worker.tasks_done += 1

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-LONGEST = 100e-6  # seconds awake
+LONGEST = 100e-6  # seconds awake, but for those in which the pool's process ran
+_LONGEST_BESIDE_POOL = 0.01  # seconds awake with those
 _PREEMPTED = 300e-6  # seconds that a yield takes at least if somebody who had more to do ran meanwhile
-_MOST = 0.8  # of such a time, if that was the pool's process
+_POOL_SHARE = 0.8  # of such a time that the pool's process has run, if it was that one
 _REST = 0.1  # seconds
 
 
@@ -52,18 +53,18 @@ class Vigil:
 
     def _look_out(self, began: float) -> bool:
         """Return True if something came while it was awake."""
-        now, ran = began, self._read_pool_clock()
-        while now - began < LONGEST:
+        now, until, ran = began, began + LONGEST, self._read_pool_clock()
+        while now < until:
             if self._poll.poll(0):
                 return True
             os.sched_yield()
             before, now = now, monotonic()
             if now - before > _PREEMPTED:
                 ran_before, ran = ran, self._read_pool_clock()
-                if ran - ran_before < _MOST * (now - before):
+                if ran - ran_before < _POOL_SHARE * (now - before):
                     self._rests_until = now + _REST
                     break
-                began = now
+                until = min(now + LONGEST, began + _LONGEST_BESIDE_POOL)
         return False
 
 

@@ -3,7 +3,8 @@
 Rules:
 
 - A worker's channel belongs to its owner: the supervisor until the worker is ready and after a call has given it up,
-  otherwise the call it is lent to.
+  otherwise the call it is lent to.  On its behalf the one before it may send, and the event loop read, until its task
+  wakes up.
 - Only the supervisor changes `state`, along `_TRANSITIONS`.
 - A signal handler may raise in the main thread after any function call: when the system has sent or received, and
   before the program has noted how much.  So the system calls are made by `list.extend(map(...))`, which notes it in C,
@@ -260,7 +261,7 @@ class Worker:
         self.tasks_left -= 1
         self.unsent = unsent
         self.in_call = True
-        lease.is_sent = True
+        lease.is_begun = True
         try:
             return self.send_rest()
         except ConnectionError:
