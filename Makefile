@@ -10,7 +10,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: help demo test test-slow chaos test-all-pythons test-lowest lint format type mypy verify-types docs bench bench-quick clean
+.PHONY: help demo test test-slow chaos test-all-pythons test-lowest package lint format type mypy verify-types docs bench bench-quick bench-parts clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-25s%s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ test-all-pythons: $(DEV)/.for-all  ## run the tests on each of Python 3.11, 3.12
 test-lowest: $(DEV)/.for-all  ## run the tests with the lowest versions of the dependencies
 	$(DEV)/bin/nox -s lowest
 
+package: $(DEV)/.for-all  ## build sdist and wheel, and test the wheel in an environment of its own
+	$(DEV)/bin/nox -s package
+
 lint: $(DEV)/.for-all  ## check rules and formatting
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
@@ -56,8 +59,10 @@ docs: $(DEV)/.for-all  ## build the documentation in docs/_build/html; any warni
 bench-quick: $(DEV)/.for-all  ## compare with the peers, in under two minutes
 	$(DEV)/bin/python benchmarks/compare.py --quick $(ARGS)
 
-bench: $(DEV)/.for-all  ## measure all of it
+bench: $(DEV)/.for-all  ## compare with the peers in everything, in under fifteen minutes; ARGS="--write docs/benchmarks"
 	$(DEV)/bin/python benchmarks/compare.py $(ARGS)
+
+bench-parts: $(DEV)/.for-all  ## measure single parts of it in more detail
 	$(DEV)/bin/python benchmarks/round_trip.py
 	$(DEV)/bin/python benchmarks/stopping.py
 	$(DEV)/bin/python benchmarks/lives.py

@@ -69,6 +69,24 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def package(session: nox.Session) -> None:
+    """Build the sdist, and from it the wheel; test the wheel in an environment without the source."""
+    session.install("build", "twine")
+    folder = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder))
+    session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
+    (wheel,) = folder.glob("*.whl")
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(f"{wheel}[cli]", *group("test"))
+    where = "import cpupool, sys; sys.exit(not cpupool.__file__.startswith(sys.prefix) and cpupool.__file__)"
+    session.run("python", "-c", where)
+    session.run("python", "-m", "cpupool", "doctor")
+    few = ["calls", "cli", "docs", "domains", "imports", "map", "prometheus", "testing"]
+    session.run("python", "-m", "pytest", "-m", "not slow", *(f"tests/test_{name}.py" for name in few))
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check rules and formatting."""
     session.install(*group("lint"))

@@ -10,7 +10,7 @@ copyright = "2026, The cpupool authors"
 version = release = cpupool.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks/*.md"]  # the latter are included elsewhere
 html_theme = "furo"
 html_title = f"cpupool {release}"
 
