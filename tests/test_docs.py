@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_an_example_runs(example: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", ".executor", ".asgi", ".jobs", ".testing", ".starlette", ".fastapi", ".prometheus", ".opentelemetry"],
+)
+def test_the_reference_has_every_public_name(module: str) -> None:
+    """Under the module's name, or under that of the other one from which it comes."""
+    reference = "\n".join(page.read_text() for page in DOCS.glob("*.md"))
+    described = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", reference, re.MULTILINE)}
+    assert set(importlib.import_module(f"cpupool{module}").__all__) - {"__version__"} <= described
 
 
 def test_the_readme_s_two_commands_exist() -> None:
