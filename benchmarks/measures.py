@@ -57,19 +57,23 @@ FIGURES = {
     "queued_memory": Figure("memory for a queued call, with its task", "bytes"),
     "tasks_1ms": Figure("400 tasks of 1 ms, beside the ideal time", "times"),
     "tasks_20ms": Figure("40 tasks of 20 ms, beside the ideal time", "times"),
+    "tasks_stall": Figure("longest stall of the loop, tasks of 1 ms", "ms"),
     "million": Figure("a million tiny items", "ms"),
+    "million_stall": Figure("longest stall of the loop, a million tiny items", "ms"),
     "array_in": Figure("64 MB array as argument, its sum returned", "ms"),
     "array_echo": Figure("64 MB array there and back", "ms"),
     "array_stall": Figure("longest stall of the loop, array there and back", "ms"),
     "objects_in": Figure(f"{DICTS:,} dicts as argument", "ms"),
     "objects_out": Figure(f"{DICTS:,} dicts as result", "ms"),
     "objects_stall": Figure(f"longest stall of the loop, {DICTS:,} dicts as argument", "ms"),
+    "objects_out_stall": Figure(f"longest stall of the loop, {DICTS:,} dicts as result", "ms"),
     "first_result": Figure("start to first result", "ms"),
     "recovery": Figure("SIGKILL of an idle worker to two tasks at a time again", "ms"),
     "recovery_errors": Figure("calls that failed meanwhile", "calls"),
     "deadline": Figure("deadline of 0.1 s to a free CPU", "ms"),
     "domains": Figure("domains in a text of 12 MB", "MB/s", more_is_better=True),
-    "ping": Figure("GET /ping while eight tasks of 20 ms run at a time, median", "ms"),
+    "domains_stall": Figure("longest stall of the loop, domains in a text of 12 MB", "ms"),
+    "ping": Figure("a server's answer to a ping while eight callers have tasks of 20 ms run, median", "ms"),
     "ping_p99": Figure("the same, 99th percentile", "ms"),
     "requests": Figure("20 requests at once of one second of CPU time", "s"),
 }
@@ -188,7 +192,9 @@ async def tasks(system: System) -> Figures:
         began = time.perf_counter()
         await asyncio.gather(*(system.call(spin, seconds) for _ in range(number)))
         found[name] = (time.perf_counter() - began) / (number * seconds / WORKERS)
-    return found
+    async with watching_stalls() as stalls:
+        await asyncio.gather(*(system.call(spin, 0.001) for _ in range(400)))
+    return {**found, "tasks_stall": max(stalls)}
 
 
 async def million(system: System) -> Figures:
@@ -196,7 +202,10 @@ async def million(system: System) -> Figures:
         return {}
     items = range(1_000_000)
     map_all = system.map
-    return {"million": await median_ms(lambda: map_all(abs, items), 1)}
+    taken = await median_ms(lambda: map_all(abs, items), 1)
+    async with watching_stalls() as stalls:
+        await map_all(abs, items)
+    return {"million": taken, "million_stall": max(stalls)}
 
 
 async def arrays(system: System) -> Figures:
@@ -219,7 +228,10 @@ async def objects(system: System) -> Figures:
     found["objects_out"] = await median_ms(lambda: system.call(make_dicts, DICTS))
     async with watching_stalls() as stalls:
         await system.call(count, dicts)
-    return {**found, "objects_stall": max(stalls)}
+    found["objects_stall"] = max(stalls)
+    async with watching_stalls() as stalls:
+        await system.call(make_dicts, DICTS)
+    return {**found, "objects_out_stall": max(stalls)}
 
 
 async def extraction(system: System) -> Figures:
@@ -237,7 +249,10 @@ async def extraction(system: System) -> Figures:
         ]
 
     extract = system.extract_domains or by_parts
-    return {"domains": len(text) / 1e3 / await median_ms(lambda: extract(text), 1)}
+    speed = len(text) / 1e3 / await median_ms(lambda: extract(text), 1)
+    async with watching_stalls() as stalls:
+        await extract(text)
+    return {"domains": speed, "domains_stall": max(stalls)}
 
 
 async def pings(system: System) -> Figures:
