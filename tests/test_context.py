@@ -137,6 +137,7 @@ async def test_d4_a_value_that_cannot_be_rebuilt() -> None:
 
 def test_d4_a_variable_that_the_main_module_has_imported(run_script: RunScript) -> None:
     done = run_script("""
+import multiprocessing  # which gives the main module another name
 import asyncio, cpupool, tasks
 from tasks import tenant
 

@@ -91,7 +91,8 @@ def find_carrier(variable: object) -> ContextCarrier:
         if callable(getattr(variable, "carry", None)) and callable(getattr(variable, "restore", None)):
             return variable  # type: ignore[return-value]  # it is one
         raise TypeError(f"context must hold context variables, not {variable!r}")
-    modules = sorted(sys.modules.items(), key=lambda item: item[0] == "__main__")  # elsewhere, if it is there too
+    last = {"__main__": 1, "__mp_main__": 2}  # two names for one module, if multiprocessing is imported
+    modules = sorted(sys.modules.items(), key=lambda item: last.get(item[0], 0))
     for module_name, module in modules:
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is variable:
