@@ -18,7 +18,6 @@ from typing import Any
 
 import aiomultiprocess
 import anyio.to_process
-import chores
 import deadpool
 import joblib
 import loky
@@ -247,9 +246,7 @@ async def open_idle(workers: int) -> AsyncIterator[System]:
     waiting: deque[asyncio.Future[None]] = deque()
 
     async def call(function: Callable[..., Any], *args: Any) -> Any:
-        if function is chores.spin:
-            return await asyncio.sleep(*args)
-        if len(waiting) == 0:
+        if not waiting:
             loop.call_soon(serve)
         future = loop.create_future()
         waiting.append(future)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import multiprocessing
@@ -12,15 +13,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hypothesis  # noqa: F401  # it looks for what it needs among what can be collected: see _little_to_collect
 import psutil
 import pytest
 import uvloop
+
+from cpupool import CpuPool
 
 TESTS = Path(__file__).parent
 
@@ -62,6 +66,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if library == "trio" and item.path.stem in ONE_LOOP_AT_ONCE:
             item.add_marker(pytest.mark.slow)
+
+
+RunLoop = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=[pytest.param(asyncio.run, id="asyncio"), pytest.param(uvloop.run, id="uvloop")])
+def run(request: pytest.FixtureRequest) -> RunLoop:
+    """Run a coroutine as a program does, on each implementation of asyncio's event loop."""
+    run: RunLoop = request.param
+    return run
+
+
+@pytest.fixture
+def pool() -> Iterator[CpuPool]:
+    """A pool with one worker."""
+    with CpuPool(1) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def alarms(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Call this signal handler whenever a timer fires, which the caller sets, and stops here."""
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(params=[pytest.param(method, marks=IGNORE_FORK_WARNING) for method in START_METHODS])

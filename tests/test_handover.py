@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,25 +18,11 @@ from typing import Any
 import pytest
 
 import tasks
+from conftest import RunLoop, alarms
 from cpupool import CpuPool, PoolClosed, TaskTimeout, WorkerDied, _asyncio_waits
 from cpupool._call import Call
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="calls are not handed over here")
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    if request.param == "asyncio":
-        return asyncio.run
-    uvloop = pytest.importorskip("uvloop")
-    run: Callable[[Coroutine[Any, Any, Any]], Any] = uvloop.run
-    return run
-
-
-@pytest.fixture
-def pool() -> Iterator[CpuPool]:
-    with CpuPool(1) as pool:
-        yield pool
 
 
 class Begin:
@@ -80,7 +66,7 @@ async def let_wait(pool: CpuPool, gate: tasks.Gate, *calls: Coroutine[Any, Any, 
     return started
 
 
-def test_a_call_begins_before_its_caller_wakes_up(run: Any, pool: CpuPool, gate: tasks.Gate, begin: Begin) -> None:
+def test_a_call_begins_before_its_caller_wakes_up(run: RunLoop, pool: CpuPool, gate: tasks.Gate, begin: Begin) -> None:
     async def main() -> None:
         (begun,) = await let_wait(pool, gate, pool.run(tasks.report_begin, begin.path, abs, -2))
         assert begin.wait_without_the_loop()
@@ -89,7 +75,7 @@ def test_a_call_begins_before_its_caller_wakes_up(run: Any, pool: CpuPool, gate:
     run(main())
 
 
-def test_a_chain_of_calls_keeps_order_values_and_errors(run: Any, pool: CpuPool) -> None:
+def test_a_chain_of_calls_keeps_order_values_and_errors(run: RunLoop, pool: CpuPool) -> None:
     async def main() -> None:
         calls = [pool.run(int, str(number) if number % 3 else "three") for number in range(100)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -132,7 +118,7 @@ def test_a_call_that_is_cancelled_in_the_same_moment_does_not_begin(
 
 
 def test_a_call_that_is_cancelled_after_it_was_sent_is_interrupted(
-    run: Any, pool: CpuPool, gate: tasks.Gate, begin: Begin
+    run: RunLoop, pool: CpuPool, gate: tasks.Gate, begin: Begin
 ) -> None:
     async def main() -> None:
         pid = await pool.run(os.getpid)
@@ -146,7 +132,7 @@ def test_a_call_that_is_cancelled_after_it_was_sent_is_interrupted(
     run(main())
 
 
-def test_its_timeout_counts_from_when_it_was_sent(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+def test_its_timeout_counts_from_when_it_was_sent(run: RunLoop, pool: CpuPool, gate: tasks.Gate) -> None:
     async def main() -> None:
         pid = await pool.run(os.getpid)
         (second,) = await let_wait(pool, gate, pool.options(timeout=0.1).run(tasks.spin_forever))
@@ -157,7 +143,7 @@ def test_its_timeout_counts_from_when_it_was_sent(run: Any, pool: CpuPool, gate:
     run(main())
 
 
-def test_the_death_of_its_worker_is_its_own(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+def test_the_death_of_its_worker_is_its_own(run: RunLoop, pool: CpuPool, gate: tasks.Gate) -> None:
     async def main() -> None:
         second, third = await let_wait(pool, gate, pool.run(os._exit, 3), pool.run(abs, -3))
         with pytest.raises(WorkerDied, match="3"):
@@ -167,7 +153,9 @@ def test_the_death_of_its_worker_is_its_own(run: Any, pool: CpuPool, gate: tasks
     run(main())
 
 
-def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(
+    run: RunLoop, pool: CpuPool, gate: tasks.Gate
+) -> None:
     async def main() -> None:
         first, second = await let_wait(pool, gate, pool.run(tasks.die_soon), pool.run(abs, -2))
         await asyncio.wait([first, second])
@@ -176,7 +164,7 @@ def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(run: Any, pool
     run(main())
 
 
-def test_the_error_of_a_death_shows_nothing_internal(run: Any, pool: CpuPool, gate: tasks.Gate) -> None:
+def test_the_error_of_a_death_shows_nothing_internal(run: RunLoop, pool: CpuPool, gate: tasks.Gate) -> None:
     async def main() -> None:
         (second,) = await let_wait(pool, gate, pool.run(os._exit, 3))
         for call in (second, pool.run(os._exit, 3)):
@@ -187,7 +175,7 @@ def test_the_error_of_a_death_shows_nothing_internal(run: Any, pool: CpuPool, ga
     run(main())
 
 
-def test_large_answers_arrive(run: Any, pool: CpuPool) -> None:
+def test_large_answers_arrive(run: RunLoop, pool: CpuPool) -> None:
     async def main() -> None:
         sizes = [10, 70_000, 255_000, 300_000, 3_000_000] * 3
         results = await asyncio.gather(*(pool.run(bytes, size) for size in sizes))
@@ -253,7 +241,7 @@ def test_calls_that_were_given_up_while_they_waited_hold_no_arguments(pool: CpuP
     asyncio.run(main())
 
 
-def test_a_pool_that_closes_ends_the_chain(run: Any, gate: tasks.Gate) -> None:
+def test_a_pool_that_closes_ends_the_chain(run: RunLoop, gate: tasks.Gate) -> None:
     async def main() -> None:
         pool = CpuPool(1)
         await pool.run(abs, -1)
@@ -267,7 +255,7 @@ def test_a_pool_that_closes_ends_the_chain(run: Any, gate: tasks.Gate) -> None:
 
 
 def test_a_channel_that_cannot_be_watched_concerns_no_other_call(
-    run: Any, pool: CpuPool, monkeypatch: pytest.MonkeyPatch
+    run: RunLoop, pool: CpuPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = _asyncio_waits._Lookout.watch
 
@@ -284,7 +272,7 @@ def test_a_channel_that_cannot_be_watched_concerns_no_other_call(
     run(main())
 
 
-def test_a_retry_is_sent_anew(run: Any, pool: CpuPool, gate: tasks.Gate, tmp_path: Path) -> None:
+def test_a_retry_is_sent_anew(run: RunLoop, pool: CpuPool, gate: tasks.Gate, tmp_path: Path) -> None:
     async def main() -> None:
         flaky = pool.options(retries=1).run(tasks.die_the_first_time_and_describe, str(tmp_path / "died"))
         (second,) = await let_wait(pool, gate, flaky)
@@ -293,7 +281,7 @@ def test_a_retry_is_sent_anew(run: Any, pool: CpuPool, gate: tasks.Gate, tmp_pat
     run(main())
 
 
-def test_what_does_not_fit_into_the_channel_is_sent_by_its_caller(run: Any, pool: CpuPool) -> None:
+def test_what_does_not_fit_into_the_channel_is_sent_by_its_caller(run: RunLoop, pool: CpuPool) -> None:
     text = b"x" * 255_000
 
     async def main() -> None:
@@ -324,7 +312,7 @@ def test_callers_in_other_threads_and_loops_get_their_turns(pool: CpuPool) -> No
     assert sorted(done) == sorted(4 * list(range(100)))
 
 
-def test_calls_that_follow_another_are_counted_and_timed(run: Any, pool: CpuPool) -> None:
+def test_calls_that_follow_another_are_counted_and_timed(run: RunLoop, pool: CpuPool) -> None:
     async def main() -> None:
         await asyncio.gather(*(pool.run(tasks.busy, 0.02) for _ in range(5)))
 
@@ -367,12 +355,8 @@ def test_a_signal_handler_that_raises_while_a_call_is_handed_over_loses_no_call(
             for number, outcome in enumerate(outcomes):
                 assert outcome == number or isinstance(outcome, Raised)
 
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
+    with alarms(handle):
         asyncio.run(main())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert raised == 50
     assert pool.run_sync(abs, -7) == 7
     assert pool.statistics().busy == pool.statistics().pending == 0

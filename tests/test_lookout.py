@@ -12,34 +12,17 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
-from typing import Any
 
 import pytest
 
 import tasks
-from conftest import RunScript
+from conftest import RunLoop, RunScript, alarms
 from cpupool import CpuPool, _asyncio_waits
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="loops watch channels themselves here")
 
 variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    if request.param == "asyncio":
-        return asyncio.run
-    uvloop = pytest.importorskip("uvloop")
-    run: Callable[[Coroutine[Any, Any, Any]], Any] = uvloop.run
-    return run
-
-
-@pytest.fixture
-def pool() -> Iterator[CpuPool]:
-    with CpuPool(1) as pool:
-        yield pool
 
 
 def epolls() -> int:
@@ -70,17 +53,11 @@ def test_a_signal_handler_that_raises_loses_no_event(pool: CpuPool) -> None:
         while raised < 3 and time.monotonic() < deadline:
             assert await asyncio.wait_for(pool.run(abs, -1), 10) == 1
 
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
+    with alarms(handle):
         asyncio.run(main())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
-def test_it_does_not_keep_the_context_of_the_first_call(
-    pool: CpuPool, run: Callable[[Coroutine[Any, Any, Any]], Any]
-) -> None:
+def test_it_does_not_keep_the_context_of_the_first_call(pool: CpuPool, run: RunLoop) -> None:
     class Request:
         pass
 
@@ -99,7 +76,7 @@ def test_it_does_not_keep_the_context_of_the_first_call(
     run(main())
 
 
-def test_loops_that_have_ended_leave_nothing(pool: CpuPool, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+def test_loops_that_have_ended_leave_nothing(pool: CpuPool, run: RunLoop) -> None:
     async def call() -> None:
         assert await pool.run(abs, -1) == 1
 
@@ -112,9 +89,7 @@ def test_loops_that_have_ended_leave_nothing(pool: CpuPool, run: Callable[[Corou
     assert epolls() == before
 
 
-def test_a_pool_that_closes_leaves_nothing_in_a_loop_that_goes_on(
-    pool: CpuPool, run: Callable[[Coroutine[Any, Any, Any]], Any]
-) -> None:
+def test_a_pool_that_closes_leaves_nothing_in_a_loop_that_goes_on(pool: CpuPool, run: RunLoop) -> None:
     async def main() -> None:
         before = epolls()
         async with CpuPool(1) as one:
@@ -128,7 +103,7 @@ def test_a_pool_that_closes_leaves_nothing_in_a_loop_that_goes_on(
     run(main())
 
 
-def test_a_wait_of_another_pool_goes_on(pool: CpuPool, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+def test_a_wait_of_another_pool_goes_on(pool: CpuPool, run: RunLoop) -> None:
     async def main() -> None:
         async with CpuPool(1) as one:
             await one.run(abs, -1)
@@ -140,7 +115,7 @@ def test_a_wait_of_another_pool_goes_on(pool: CpuPool, run: Callable[[Coroutine[
 
 
 def test_without_a_descriptor_or_epoll_the_loop_watches_itself(
-    pool: CpuPool, monkeypatch: pytest.MonkeyPatch, run: Callable[[Coroutine[Any, Any, Any]], Any]
+    pool: CpuPool, monkeypatch: pytest.MonkeyPatch, run: RunLoop
 ) -> None:
     def fail() -> None:
         raise OSError("too many open files")
@@ -188,7 +163,7 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr) == ("0 1\n", "")
 
 
-def test_loops_in_threads_share_a_worker(pool: CpuPool, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+def test_loops_in_threads_share_a_worker(pool: CpuPool, run: RunLoop) -> None:
     """They take turns, some calls are given up, and none waits in vain."""
     answers: list[int] = []
 

@@ -70,9 +70,7 @@ def test_it_looks_out_after_a_short_wait(clock: Clock, pair: tuple[socket.socket
 def test_it_sleeps_after_a_moment(
     clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vigil = Vigil(pair[1])
-    sleeper = Sleeper(clock, pair[0])
-    monkeypatch.setattr(vigil, "_poll", sleeper)
+    vigil, sleeper = open_sleeping(clock, pair, monkeypatch)
     sleeper.sleep = 0.0
     vigil.wait()
     assert sleeper.sleeps == 1
@@ -103,12 +101,19 @@ class Sleeper:
         return [(self._channel.fileno(), select.POLLIN)]
 
 
-def test_it_rests_where_others_want_the_cpu(
+def open_sleeping(
     clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[Vigil, Sleeper]:
     vigil = Vigil(pair[1])
     sleeper = Sleeper(clock, pair[0])
     monkeypatch.setattr(vigil, "_poll", sleeper)
+    return vigil, sleeper
+
+
+def test_it_rests_where_others_want_the_cpu(
+    clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vigil, sleeper = open_sleeping(clock, pair, monkeypatch)
     vigil.wait()
     clock.slice = 80e-6  # others run, for a moment
     vigil.wait()
@@ -135,7 +140,7 @@ def test_it_does_not_rest_if_it_was_the_pool_that_ran(
     share: float,
     yields: float,
 ) -> None:
-    vigil = Vigil(pair[1])
+    vigil, _ = open_sleeping(clock, pair, monkeypatch)
     ran = 0.0
 
     def run_pool() -> None:
@@ -146,7 +151,6 @@ def test_it_does_not_rest_if_it_was_the_pool_that_ran(
             ran += share * (0.003 - clock.slice)
 
     clock.on_yield = run_pool
-    monkeypatch.setattr(vigil, "_poll", Sleeper(clock, pair[0]))
     monkeypatch.setattr(vigil, "_read_pool_clock", lambda: ran)
     vigil._is_soon = True
     vigil.wait()
@@ -156,9 +160,7 @@ def test_it_does_not_rest_if_it_was_the_pool_that_ran(
 def test_it_sleeps_in_the_end_though_the_pool_goes_on(
     clock: Clock, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vigil = Vigil(pair[1])
-    sleeper = Sleeper(clock, pair[0])
-    monkeypatch.setattr(vigil, "_poll", sleeper)
+    vigil, sleeper = open_sleeping(clock, pair, monkeypatch)
     monkeypatch.setattr(vigil, "_read_pool_clock", lambda: clock.now)
     clock.slice = 0.003
     vigil._is_soon = True

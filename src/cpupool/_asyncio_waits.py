@@ -109,11 +109,11 @@ class _LoopTicket(Ticket):
         lookout = _find_lookout(loop) or _open_lookout(loop)
         fd = channel.fileno()
         try:
-            if lookout is None:
-                self.settle()
-                return
-            lookout.watch(fd, future, take)
-        except OSError:  # it cannot be watched: whoever waits will see that
+            if lookout is not None:
+                lookout.watch(fd, future, take)
+        except OSError:
+            lookout = None
+        if lookout is None:  # it cannot be watched: whoever waits will see that
             self.settle()
             return
         self._fd = fd

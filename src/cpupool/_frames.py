@@ -225,12 +225,6 @@ class FrameDecoder:
             kind, end = _KINDS.get(number), HEADER_SIZE + length
             if kind is None:
                 raise ProtocolError(f"not a frame: kind {number}, task {task_id}, {length} bytes")
-            if size == end and not files:  # as most are
-                whole = Frame(kind, task_id, seconds, memoryview(buffer)[HEADER_SIZE:])
-                # As below: nothing is called any more.
-                self._buffer = b""
-                self.missing = HEADER_SIZE
-                return whole
         else:
             kind, files, task_id, end, seconds = self._header
         if size < end:

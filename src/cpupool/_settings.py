@@ -172,12 +172,8 @@ class CallOptions:
     background: bool = False
     serializer: _payload.Serializer = field(default=_payload.BY_NAME, repr=False)
     carriers: tuple[ContextCarrier, ...] = field(default=(), repr=False)
-    # True if nobody here has to be told when the task begins, nor between its beginning and its end.
-    is_unobserved: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        unobserved = self.on_start is None and self.on_report is None and not self.carriers
-        object.__setattr__(self, "is_unobserved", unobserved)
         for name in ("timeout", "queue_timeout"):
             if (value := getattr(self, name)) is not None:
                 check_seconds(name, value)
@@ -190,6 +186,11 @@ class CallOptions:
             value = getattr(self, name)
             if value is not None and (not callable(value) or inspect.iscoroutinefunction(value)):
                 raise TypeError(f"{name} must be a function made with 'def', or None, not {value!r}")
+
+    @property
+    def is_unobserved(self) -> bool:
+        """True if nobody here has to be told when the task begins, nor between its beginning and its end."""
+        return self.on_start is None and self.on_report is None and not self.carriers
 
     def changed(self, **changes: Any) -> CallOptions:
         """Return a copy with those of the changes that are not `UNSET`."""
