@@ -76,14 +76,23 @@ def test_a_call_begins_before_its_caller_wakes_up(run: RunLoop, pool: CpuPool, g
 
 
 def test_a_chain_of_calls_keeps_order_values_and_errors(run: RunLoop, pool: CpuPool) -> None:
+    async def call(number: int) -> int:
+        try:
+            return await pool.run(int, str(number) if number % 3 else "three")
+        finally:
+            ended.append(number)
+
     async def main() -> None:
-        calls = [pool.run(int, str(number) if number % 3 else "three") for number in range(100)]
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        outcomes = await asyncio.gather(*map(call, range(100)), return_exceptions=True)
         for number, outcome in enumerate(outcomes):
             assert outcome == number if number % 3 else isinstance(outcome, ValueError)
 
+    ended: list[int] = []
     run(main())
+    assert ended == list(range(100))
     assert pool.statistics().succeeded + pool.statistics().failed == 100
+    (worker,) = pool._supervisor.dispatcher.snapshot().idle
+    assert not worker.in_call  # else whoever is cancelled when it has it would interrupt it
 
 
 def test_a_call_that_is_cancelled_in_the_same_moment_does_not_begin(
@@ -184,15 +193,30 @@ def test_large_answers_arrive(run: RunLoop, pool: CpuPool) -> None:
     run(main())
 
 
-def test_a_call_that_is_cancelled_when_its_answer_was_taken_costs_nothing(pool: CpuPool, gate: tasks.Gate) -> None:
+def test_only_the_loop_on_which_a_task_waits_is_here() -> None:
+    async def main() -> None:
+        ticket = _asyncio_waits.AsyncioWaits().ticket()
+        assert ticket.is_here
+        assert not await asyncio.to_thread(lambda: ticket.is_here)
+        ticket.waiting.cancel()
+        assert not ticket.is_here
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_cancelled_when_its_answer_was_taken_costs_nothing(
+    pool: CpuPool, gate: tasks.Gate, begin: Begin
+) -> None:
     async def main() -> None:
         pid = await pool.run(os.getpid)
-        second, third = await let_wait(pool, gate, pool.run(abs, -2), pool.run(os.getpid))
+        report_pid = pool.run(tasks.report_begin, begin.path, os.getpid)
+        second, third = await let_wait(pool, gate, pool.run(abs, -2), report_pid)
         lookout = _asyncio_waits._find_lookout(asyncio.get_running_loop())
         assert lookout is not None
         ((answered, _),) = lookout._waiting.values()
         while not answered.done():  # this task looks before the other has its turn
             await asyncio.sleep(0)
+        assert begin.wait_without_the_loop()  # the next one has begun
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
