@@ -290,13 +290,21 @@ def test_b8_small_calls_are_not_starved_by_a_huge_map() -> None:
 # --- with asyncio ---
 
 
-def test_run_in_executor_works_and_cancelling_it_stops_the_work(executor: PoolExecutor, fifo: Path) -> None:
+def test_run_in_executor_works_and_cancelling_it_stops_the_work(
+    executor: PoolExecutor, fifo: Path, tmp_path: Path
+) -> None:
+    barrier = tmp_path / "barrier"
+    barrier.mkdir()
+
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert await loop.run_in_executor(executor, tasks.add, 1, 2) == 3
         results = await asyncio.gather(*(loop.run_in_executor(executor, tasks.add, n) for n in range(100)))
         assert results == list(range(100))
+        # One worker may have been enough for those.
+        await asyncio.gather(*(loop.run_in_executor(executor, tasks.meet, str(barrier), 2) for _ in range(2)))
         pids = workers_of(executor)
+        assert len(pids) == 2
         for _ in range(3):
             call = loop.run_in_executor(executor, tasks.report_begin, str(fifo), tasks.spin_forever)
             await asyncio.to_thread(fifo.read_text)

@@ -205,15 +205,19 @@ def test_only_the_loop_on_which_a_task_waits_is_here() -> None:
 
 
 def test_a_call_that_is_cancelled_when_its_answer_was_taken_costs_nothing(
-    pool: CpuPool, gate: tasks.Gate, begin: Begin
+    pool: CpuPool, gate: tasks.Gate, begin: Begin, tmp_path: Path
 ) -> None:
     async def main() -> None:
         pid = await pool.run(os.getpid)
         report_pid = pool.run(tasks.report_begin, begin.path, os.getpid)
-        second, third = await let_wait(pool, gate, pool.run(abs, -2), report_pid)
+        second_gate = tasks.Gate(tmp_path / "second gate")
+        hold = pool.run(tasks.hold, *second_gate.arguments)
+        second, third = await let_wait(pool, gate, hold, report_pid)
+        second_gate.wait_until_begun()
         lookout = _asyncio_waits._find_lookout(asyncio.get_running_loop())
         assert lookout is not None
         ((answered, _),) = lookout._waiting.values()
+        second_gate.open()
         while not answered.done():  # this task looks before the other has its turn
             await asyncio.sleep(0)
         assert begin.wait_without_the_loop()  # the next one has begun
