@@ -25,6 +25,7 @@ from starlette.routing import Mount
 
 import cpupool
 import tasks
+from conftest import environment
 from cpupool import CpuPool
 from cpupool.starlette import dashboard, lifespan
 
@@ -200,7 +201,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    found = webdriver.Chrome(options, webdriver.ChromeService(driver, env=environment()))
     yield found
     found.quit()
 
