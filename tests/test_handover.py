@@ -21,6 +21,8 @@ import tasks
 from conftest import RunLoop, alarms
 from cpupool import CpuPool, PoolClosed, TaskTimeout, WorkerDied, _asyncio_waits
 from cpupool._call import Call
+from cpupool._lease import Lease
+from cpupool._worker import Worker
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="calls are not handed over here")
 
@@ -64,6 +66,14 @@ async def let_wait(pool: CpuPool, gate: tasks.Gate, *calls: Coroutine[Any, Any, 
     await asyncio.to_thread(gate.open)
     await holding
     return started
+
+
+def kill_and_wait(pid: int) -> None:
+    """Kill a process, and wait until it has ended, and all that it held is closed."""
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    os.close(pidfd)
 
 
 def test_a_call_begins_before_its_caller_wakes_up(run: RunLoop, pool: CpuPool, gate: tasks.Gate, begin: Begin) -> None:
@@ -163,14 +173,24 @@ def test_the_death_of_its_worker_is_its_own(run: RunLoop, pool: CpuPool, gate: t
 
 
 def test_a_worker_that_dies_before_the_call_is_sent_costs_nothing(
-    run: RunLoop, pool: CpuPool, gate: tasks.Gate
+    run: RunLoop, pool: CpuPool, gate: tasks.Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        first, second = await let_wait(pool, gate, pool.run(tasks.die_soon), pool.run(abs, -2))
-        await asyncio.wait([first, second])
-        assert second.result() == 2
+    killed: list[int] = []
+    send_early = Worker.send_early
 
+    def die_and_send(self: Worker, call: bytes, lease: Lease[Worker]) -> bool:
+        if not killed:
+            killed.append(self.process.pid)
+            kill_and_wait(self.process.pid)
+        return send_early(self, call, lease)
+
+    async def main() -> None:
+        (second,) = await let_wait(pool, gate, pool.run(os.getpid))
+        assert await second not in killed
+
+    monkeypatch.setattr(Worker, "send_early", die_and_send)
     run(main())
+    assert len(killed) == pool.statistics().workers_died == 1
 
 
 def test_the_error_of_a_death_shows_nothing_internal(run: RunLoop, pool: CpuPool, gate: tasks.Gate) -> None:
@@ -342,14 +362,14 @@ def test_callers_in_other_threads_and_loops_get_their_turns(pool: CpuPool) -> No
 
 def test_calls_that_follow_another_are_counted_and_timed(run: RunLoop, pool: CpuPool) -> None:
     async def main() -> None:
-        await asyncio.gather(*(pool.run(tasks.busy, 0.02) for _ in range(5)))
+        await asyncio.gather(*(pool.run(tasks.busy, 0.05) for _ in range(5)))
 
     run(main())
     stats = pool.statistics()
     assert stats.succeeded == 5
-    assert stats.queue_wait.sum >= 0.02 * (1 + 2 + 3 + 4) * 0.9
-    assert stats.run_time.sum >= 5 * 0.02 * 0.9
-    assert stats.overhead.sum < 0.05
+    assert stats.queue_wait.sum >= 0.05 * (1 + 2 + 3 + 4) * 0.9
+    assert stats.run_time.sum >= 5 * 0.05 * 0.9
+    assert stats.overhead.sum < 0.05 * (1 + 2 + 3 + 4) / 2
 
 
 def test_a_signal_handler_that_raises_while_a_call_is_handed_over_loses_no_call(pool: CpuPool) -> None:

@@ -170,10 +170,11 @@ def test_it_sleeps_in_the_end_though_the_pool_goes_on(
 
 def test_a_worker_knows_how_much_its_pool_has_run() -> None:
     with CpuPool(1) as pool:
-        before, ran = time.process_time(), pool.run_sync(tasks.read_pool_clock)
-        while time.process_time() < before + 0.05:
+        ran = pool.run_sync(tasks.read_pool_clock)
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
             pass
-        assert pool.run_sync(tasks.read_pool_clock) == pytest.approx(ran + 0.05, abs=0.04)
+        assert 0.1 <= pool.run_sync(tasks.read_pool_clock) - ran < 0.2
 
 
 def test_where_the_pool_has_gone_it_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
